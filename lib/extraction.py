@@ -124,12 +124,12 @@ class Candidates:
 
 
 def mean_difference(
-    lm: LanguageModel, harmful: Sequence[str], harmless: Sequence[str], n_masks: int = 0, batch_size: int = 32
+    lm: LanguageModel, harmful: Sequence[str], harmless: Sequence[str], n_slots: int = 0, batch_size: int = 32
 ) -> Candidates:
-    """Candidates from resid_pre of every layer at every template position; `n_masks` > 0 adds a masked response to the canvas."""
+    """Candidates from resid_pre of every layer at every template position; `n_slots` > 0 adds an empty (masked) response to the canvas."""
     means = []
     for instructions in (harmful, harmless):
-        total = sum(batch.double().sum(0) for batch in _batches(lm, instructions, n_masks, batch_size))
+        total = sum(batch.double().sum(0).cpu() for batch in _batches(lm, instructions, n_slots, batch_size))
         means.append(total / len(instructions))
     around = template(lm)
     provenance = dict(
@@ -137,24 +137,24 @@ def mean_difference(
         prompts=_hash([*harmful, *harmless]),
         n=[len(harmful), len(harmless)],
         template=_hash([*map(str, around.pre), "|", *map(str, around.post)]),
-        n_masks=n_masks,
+        n_slots=n_slots,
     )
     return Candidates(*means, positions=around.positions, fingerprint=lm.fingerprint, provenance=provenance)
 
 
-def activations(lm: LanguageModel, instructions: Sequence[str], n_masks: int = 0, batch_size: int = 32) -> Tensor:
+def activations(lm: LanguageModel, instructions: Sequence[str], n_slots: int = 0, batch_size: int = 32) -> Tensor:
     """resid_pre at the template positions of every layer: [n, p, l, d] float32 on the CPU."""
-    return torch.cat([batch.float().cpu() for batch in _batches(lm, instructions, n_masks, batch_size)])
+    return torch.cat([batch.float().cpu() for batch in _batches(lm, instructions, n_slots, batch_size)])
 
 
-def _batches(lm: LanguageModel, instructions: Sequence[str], n_masks: int, batch_size: int) -> Iterator[Tensor]:
+def _batches(lm: LanguageModel, instructions: Sequence[str], n_slots: int, batch_size: int) -> Iterator[Tensor]:
     """Activations [b, p, l, d] of one batch after another."""
     sites = [Site(layer) for layer in range(lm.n_layers)]
     positions = torch.tensor(template(lm).positions, device=lm.device)
     for start in range(0, len(instructions), batch_size):
-        ids, attention_mask = encode(lm, instructions[start : start + batch_size], n_masks)
+        ids, attention_mask = encode(lm, instructions[start : start + batch_size], n_slots)
         first = (attention_mask == 0).sum(1, keepdim=True)
-        columns = torch.where(positions >= 0, first + positions, ids.shape[1] - n_masks + positions)  # [b, p]
+        columns = torch.where(positions >= 0, first + positions, ids.shape[1] - n_slots + positions)  # [b, p]
         rows = torch.arange(len(ids), device=lm.device)[:, None]
         states = capture(lm, ids, sites, attention_mask)
         yield torch.stack([states[site][rows, columns] for site in sites], dim=2)

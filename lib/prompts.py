@@ -56,16 +56,15 @@ def position_names(lm: LanguageModel) -> dict[int, str]:
     return names
 
 
-def encode(lm: LanguageModel, instructions: Sequence[str], n_masks: int = 0) -> tuple[Tensor, Tensor]:
-    """Render and left-pad instructions: (ids [b, s], attention_mask [b, s]), with `n_masks` mask tokens as the response.
+def encode(lm: LanguageModel, instructions: Sequence[str], n_slots: int = 0) -> tuple[Tensor, Tensor]:
+    """Render and left-pad instructions: (ids [b, s], attention_mask [b, s]), followed by `n_slots` empty response slots.
 
-    Template tokens inside a user's text are encoded as plain text, so no instruction can leave its turn.
-    Raises ValueError for an empty list, an empty instruction, or masks asked of a model without a mask token.
+    An empty slot holds the mask token; in a causal model the padding token, which nothing before it can see. Template tokens
+    inside a user's text are encoded as plain text, so no instruction can leave its turn.
+    Raises ValueError for an empty list or an empty instruction.
     """
     if isinstance(instructions, str) or not instructions:
         raise ValueError("give a non-empty list of instructions")
-    if n_masks and lm.mask_id is None:
-        raise ValueError(f"{lm.name} is autoregressive and has no mask token: n_masks must be 0")
     around = template(lm)
     rows = []
     for text in instructions:
@@ -73,12 +72,12 @@ def encode(lm: LanguageModel, instructions: Sequence[str], n_masks: int = 0) -> 
             raise ValueError(f"instruction {len(rows)} is empty")
         rows.append([*around.pre, *_plain_ids(lm, text.strip()), *around.post])
     width = max(map(len, rows))
-    ids = torch.full((len(rows), width + n_masks), lm.pad_id)
+    ids = torch.full((len(rows), width + n_slots), lm.pad_id)
     attention_mask = torch.ones_like(ids)
     for i, row in enumerate(rows):
         ids[i, width - len(row) : width] = torch.tensor(row)
         attention_mask[i, : width - len(row)] = 0
-    if n_masks:
+    if n_slots and not lm.causal:
         ids[:, width:] = lm.mask_id
     return ids.to(lm.device), attention_mask.to(lm.device)
 
