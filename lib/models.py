@@ -66,7 +66,7 @@ class Family:
     checkpoints: tuple[str, ...] = ()  # hub ids of this layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LanguageModel:
     """A loaded checkpoint: the transformers model and what one must know to use it.
 
@@ -109,7 +109,11 @@ class LanguageModel:
             positions = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)[:, -ids.shape[1] :]
         with torch.no_grad():
             out = self.model.model(
-                ids, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None
+                ids,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
             )
         return out.last_hidden_state
 
@@ -142,9 +146,18 @@ class LanguageModel:
 
 
 def _llada_config(config: dict) -> dict:
-    for flag in ("include_bias", "include_qkv_bias", "bias_for_layer_norm", "attention_layer_norm", "scale_logits", "alibi"):
+    for flag in (
+        "include_bias",
+        "include_qkv_bias",
+        "bias_for_layer_norm",
+        "attention_layer_norm",
+        "scale_logits",
+        "alibi",
+    ):
         if config.get(flag):
-            raise CheckpointError(f"this LLaDA checkpoint sets {flag}, which no released one does; the Llama class cannot express it")
+            raise CheckpointError(
+                f"this LLaDA checkpoint sets {flag}, which no released one does; the Llama class cannot express it"
+            )
     return dict(
         hidden_size=config["d_model"],
         intermediate_size=config["mlp_hidden_size"],
@@ -162,9 +175,21 @@ def _llada_config(config: dict) -> dict:
 
 def _stock_config(config: dict) -> dict:
     """Llama and Qwen2 field names, as they are; fields of remote code and of saving are left out."""
-    drop = {"architectures", "auto_map", "model_type", "transformers_version", "torch_dtype", "dtype", "mask_token_id", "is_causal", "adapter_sha256"}
+    drop = {
+        "architectures",
+        "auto_map",
+        "model_type",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "mask_token_id",
+        "is_causal",
+        "adapter_sha256",
+    }
     fields = {key: value for key, value in config.items() if key not in drop | _common(config).keys()}
-    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta", 10000.0)} | (fields.pop("rope_scaling", None) or {})
+    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta", 10000.0)} | (
+        fields.pop("rope_scaling", None) or {}
+    )
     return {"rope_parameters": rope} | fields | _common(config)
 
 
@@ -209,7 +234,12 @@ LLADA = Family(
         "<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>\n\n"
     ),
     decoding=dict(gen_length=128, steps=128, block_length=32, remasking="low_confidence"),
-    checkpoints=("GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-8B-Base", "GSAI-ML/LLaDA-1.5", "Gen-Verse/MMaDA-8B-MixCoT"),
+    checkpoints=(
+        "GSAI-ML/LLaDA-8B-Instruct",
+        "GSAI-ML/LLaDA-8B-Base",
+        "GSAI-ML/LLaDA-1.5",
+        "Gen-Verse/MMaDA-8B-MixCoT",
+    ),
 )
 DREAM = Family(
     name="dream",
@@ -259,6 +289,27 @@ def family_of(config: dict) -> Family:
     raise CheckpointError(f"model_type {kind!r} is of no known family; known: llada, mmada, Dream, llama")
 
 
+def describe() -> str:
+    """What can be loaded, and how far each family was checked: the table of `python -m lib models`."""
+    checked = {
+        "llada": "golden numbers of the published code on tiny weights: logits bit-equal, sampler token-equal",
+        "dream": "golden numbers of the published code on tiny weights: logits bit-equal, sampler token-equal",
+        "llama": "the shipped smol-ar and smol-base",
+        "llama-mdlm": "the shipped smol-mdlm; round trip through save and load bit-equal",
+    }
+    lines = []
+    for family in FAMILIES.values():
+        own = [name for name in shipped.names() if family_of(shipped.config(name)) is family]
+        lines += [
+            f"{family.name} ({family.architecture.__name__}, {'causal' if family.causal else 'masked diffusion'})"
+        ]
+        lines += [
+            f"    checked   {checked[family.name]}",
+            f"    models    {', '.join([*own, *family.checkpoints]) or '-'}",
+        ]
+    return "\n".join(lines)
+
+
 # --- loading ------------------------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +326,11 @@ def load(name: str | Path, device: str | torch.device | None = None, dtype: torc
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name in shipped.names():
         config = shipped.config(name)
-        tensors, fingerprint, tokenizer = shipped.tensors(name).items(), shipped.fingerprint(name), shipped.tokenizer(name)
+        tensors, fingerprint, tokenizer = (
+            shipped.tensors(name).items(),
+            shipped.fingerprint(name),
+            shipped.tokenizer(name),
+        )
         family = family_of(config)
     else:
         folder = _folder(name)
@@ -305,7 +360,9 @@ def load(name: str | Path, device: str | torch.device | None = None, dtype: torc
     )
 
 
-def _build(family: Family, config: dict, tensors: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def _build(
+    family: Family, config: dict, tensors: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
     """The transformers model with the checkpoint's tensors assigned one by one: never two copies of the weights in memory."""
     config_class = {LlamaForCausalLM: LlamaConfig, Qwen2ForCausalLM: Qwen2Config}[family.architecture]
     native = config_class(**family.native_config(config), dtype=dtype, attn_implementation=_attention(family))
@@ -332,12 +389,18 @@ def _build(family: Family, config: dict, tensors: Iterable[tuple[str, Tensor]], 
                 problems["not finite"].append(key)
             model.load_state_dict({target: tensor}, strict=False, assign=True)
     problems["missing"] = sorted(expected.keys() - seen)
-    if found := [f"{len(keys)} {kind}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}" for kind, keys in problems.items() if keys]:
+    if found := [
+        f"{len(keys)} {kind}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
+        for kind, keys in problems.items()
+        if keys
+    ]:
         raise CheckpointError(f"the tensors do not fit a {family.name} model of this config.json: " + "; ".join(found))
     model.config.vocab_size = model.model.embed_tokens.weight.shape[0]
     model.tie_weights()
     rotary = Float32Rotary if family.float32_rotary else type(model.model.rotary_emb)
-    model.model.rotary_emb = rotary(native).to(device)  # its buffers are in no checkpoint and were made on the meta device
+    model.model.rotary_emb = rotary(native).to(
+        device
+    )  # its buffers are in no checkpoint and were made on the meta device
     if not family.causal:
         model.config.is_causal = False
         model.config.mask_token_id = config.get("mask_token_id", family.mask_id)
@@ -415,7 +478,9 @@ def _shards(folder: Path) -> list[Path]:
     else:
         shards = sorted(folder.glob("*.safetensors"))
     if missing := [shard.name for shard in shards if not shard.exists()]:
-        raise CheckpointError(f"{folder} lacks the shards {', '.join(missing)} that its index names: the download is not complete")
+        raise CheckpointError(
+            f"{folder} lacks the shards {', '.join(missing)} that its index names: the download is not complete"
+        )
     if not shards:
         raise CheckpointError(f"{folder} holds no .safetensors file (pickled .bin files are never read)")
     return shards
@@ -430,7 +495,9 @@ def _read(shards: list[Path]) -> Iterator[tuple[str, Tensor]]:
 
 def _fingerprint(config: dict, shards: list[Path]) -> str:
     """16 hex digits from config, tensor names and every tensor's first values: tells fine-tunes apart without reading 16 GB."""
-    digest = hashlib.sha256(json.dumps({k: v for k, v in config.items() if "version" not in k}, sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps({k: v for k, v in config.items() if "version" not in k}, sort_keys=True).encode()
+    )
     for shard in shards:
         with safe_open(shard, "pt") as file:
             for key in sorted(file.keys()):

@@ -19,7 +19,12 @@ from .paths import PROMPTS
 
 Language = Literal["en", "zh"]
 PAD, PRE_INSTRUCTION, INSTRUCTION, POST_INSTRUCTION, RESPONSE = range(5)
-REGIONS = {"pre_instruction": PRE_INSTRUCTION, "instruction": INSTRUCTION, "post_instruction": POST_INSTRUCTION, "response": RESPONSE}
+REGIONS = {
+    "pre_instruction": PRE_INSTRUCTION,
+    "instruction": INSTRUCTION,
+    "post_instruction": POST_INSTRUCTION,
+    "response": RESPONSE,
+}
 _SENTINEL = "\u2603instruction\u2603"
 
 
@@ -41,7 +46,9 @@ def template(lm: LanguageModel) -> Template:
     tokenizer = _tokenizer(lm)
     if tokenizer.chat_template is None:
         return Template((), ())
-    text = tokenizer.apply_chat_template([{"role": "user", "content": _SENTINEL}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _SENTINEL}], tokenize=False, add_generation_prompt=True
+    )
     pre, post = text.split(_SENTINEL)
     return Template(*(tuple(tokenizer(part, add_special_tokens=False).input_ids) for part in (pre, post)))
 
@@ -115,7 +122,9 @@ def decode(lm: LanguageModel, response_ids: Tensor) -> list[str]:
 
 def _tokenizer(lm: LanguageModel):
     if lm.tokenizer is None:
-        raise ValueError(f"{lm.name} was loaded without a tokenizer: put tokenizer.json beside its weights, or work on token ids")
+        raise ValueError(
+            f"{lm.name} was loaded without a tokenizer: put tokenizer.json beside its weights, or work on token ids"
+        )
     return lm.tokenizer
 
 
@@ -150,7 +159,9 @@ class Contrast:
     harmless: tuple[str, ...]
 
 
-def contrast(language: Language, split: Literal["train", "val", "test"], n: int | None = None, seed: int = 0) -> Contrast:
+def contrast(
+    language: Language, split: Literal["train", "val", "test"], n: int | None = None, seed: int = 0
+) -> Contrast:
     """`n` twin pairs (all by default) of data/prompts/contrast.jsonl, drawn with `seed`; the same rows in both languages.
 
     Rows of `test` were in no model's training data. Raises ValueError when fewer than `n` pairs exist.
@@ -161,4 +172,6 @@ def contrast(language: Language, split: Literal["train", "val", "test"], n: int 
         raise ValueError(f"{n} {split} pairs asked, {len(rows)} exist")
     random.Random(seed).shuffle(rows)
     rows = rows[:n]
-    return Contrast(language, split, *(tuple(row[f"{language}_{side}"] for row in rows) for side in ("harmful", "harmless")))
+    return Contrast(
+        language, split, *(tuple(row[f"{language}_{side}"] for row in rows) for side in ("harmful", "harmless"))
+    )

@@ -58,7 +58,10 @@ class Decoding:
     exact: bool = True
 
     def __post_init__(self):
-        if self.remasking not in (known := [name for group in (LladaRemasking, DreamRemasking) for name in get_args(group)] + ["autoregressive"]):
+        if self.remasking not in (
+            known := [name for group in (LladaRemasking, DreamRemasking) for name in get_args(group)]
+            + ["autoregressive"]
+        ):
             raise DecodingError(f"remasking {self.remasking!r}; use one of {', '.join(known)}")
         if min(self.gen_length, self.steps, self.block_length) < 1:
             raise DecodingError("gen_length, steps and block_length must be at least 1")
@@ -74,7 +77,9 @@ class Decoding:
         if wrong := [name for name in others[self.remasking] if getattr(self, name)]:
             raise DecodingError(f"{', '.join(wrong)} has no meaning with remasking={self.remasking!r}")
         if self.remasking in DREAM and self.n_blocks > 1:
-            raise DecodingError(f"remasking={self.remasking!r} has no blocks: block_length must equal gen_length ({self.gen_length})")
+            raise DecodingError(
+                f"remasking={self.remasking!r} has no blocks: block_length must equal gen_length ({self.gen_length})"
+            )
 
     @property
     def n_blocks(self) -> int:
@@ -84,7 +89,9 @@ class Decoding:
     def of(cls, lm: LanguageModel, **changes) -> "Decoding":
         """The default of the model's family with `changes`; a new gen_length takes steps and block_length along, unless given."""
         if unknown := changes.keys() - {field.name for field in fields(cls)}:
-            raise TypeError(f"unknown decoding fields {sorted(unknown)}; known: {[field.name for field in fields(cls)]}")
+            raise TypeError(
+                f"unknown decoding fields {sorted(unknown)}; known: {[field.name for field in fields(cls)]}"
+            )
         settings = dict(lm.family.decoding)
         if "gen_length" in changes:
             gen_length, block_length = changes["gen_length"], settings["block_length"]
@@ -195,7 +202,11 @@ def time_grid(steps: int, eps: float = 1e-3) -> Tensor:
 def _plan(decoding: Decoding) -> list[tuple[int, int, int]]:
     """(block, masked slots of that block before the step, slots to commit) for each step; for `origin` the counts are random."""
     if decoding.remasking not in DREAM:
-        counts = [(b, c) for b in range(decoding.n_blocks) for c in transfer_counts(decoding.block_length, decoding.steps // decoding.n_blocks)]
+        counts = [
+            (b, c)
+            for b in range(decoding.n_blocks)
+            for c in transfer_counts(decoding.block_length, decoding.steps // decoding.n_blocks)
+        ]
     elif decoding.remasking == "origin":
         return [(0, decoding.gen_length, 0)] * decoding.steps
     else:
@@ -363,7 +374,13 @@ def _autoregression(lm, prompt_ids, attention_mask, at, draws, decoding, trace) 
         if trace:
             confidence = torch.full_like(ids, torch.nan, dtype=torch.float32)
             confidence[:, end] = torch.take_along_dim(probabilities[:, 0], tokens[:, None], -1)[:, 0].float()
-            steps.append((ids.clone(), confidence, torch.zeros_like(nothing_masked).index_fill(1, torch.tensor(end, device=ids.device), True)))
+            steps.append(
+                (
+                    ids.clone(),
+                    confidence,
+                    torch.zeros_like(nothing_masked).index_fill(1, torch.tensor(end, device=ids.device), True),
+                )
+            )
         finished = finished | torch.isin(tokens, ends)
         if finished.all():
             break
@@ -390,7 +407,9 @@ class _Draws:
         if self.exact:
             drawn = torch.rand(len(slots), length, *tail, generator=self.generators[0], dtype=dtype, device=self.device)
             return torch.take_along_dim(drawn, slots[..., None] if tail else slots, 1)
-        return torch.stack([torch.rand(slots.shape[1], *tail, generator=g, dtype=dtype, device=self.device) for g in self.generators])
+        return torch.stack(
+            [torch.rand(slots.shape[1], *tail, generator=g, dtype=dtype, device=self.device) for g in self.generators]
+        )
 
     def uniform_where(self, mask: Tensor) -> Tensor:
         """[b, n]; in exact mode drawn for the True entries only, in row order."""
@@ -403,17 +422,26 @@ class _Draws:
     def categorical(self, probabilities: Tensor, where: Tensor | None = None) -> Tensor:
         """Token ids [b, n] from probabilities [b, n, vocab]; in exact mode drawn where `where` is True, the rest are 0."""
         if self.exact:
-            where = torch.ones(probabilities.shape[:-1], dtype=torch.bool, device=self.device) if where is None else where
+            where = (
+                torch.ones(probabilities.shape[:-1], dtype=torch.bool, device=self.device) if where is None else where
+            )
             chosen = probabilities[where]
             tokens = torch.zeros(where.shape, dtype=torch.long, device=self.device)
             if len(chosen):
                 normalised = chosen / chosen.sum(-1, keepdim=True)  # as torch.distributions.Categorical does
                 tokens[where] = torch.multinomial(normalised, 1, True, generator=self.generators[0])[:, 0]
             return tokens
-        return torch.stack([torch.multinomial(p, 1, True, generator=g)[:, 0] for p, g in zip(probabilities, self.generators, strict=True)])
+        return torch.stack(
+            [
+                torch.multinomial(p, 1, True, generator=g)[:, 0]
+                for p, g in zip(probabilities, self.generators, strict=True)
+            ]
+        )
 
     def without_replacement(self, weights: Tensor, count: int) -> Tensor:
         """`count` distinct columns [b, count] of each row, in proportion to weights [b, n]."""
         if self.exact:
             return torch.multinomial(weights, count, generator=self.generators[0])
-        return torch.stack([torch.multinomial(w, count, generator=g) for w, g in zip(weights, self.generators, strict=True)])
+        return torch.stack(
+            [torch.multinomial(w, count, generator=g) for w, g in zip(weights, self.generators, strict=True)]
+        )

@@ -113,12 +113,18 @@ def ablate(
 
 
 def add(
-    direction: Direction, strength: float = 1.0, layer: int | None = None, site: SiteName = "resid_pre", scope: Scope = Scope()
+    direction: Direction,
+    strength: float = 1.0,
+    layer: int | None = None,
+    site: SiteName = "resid_pre",
+    scope: Scope = Scope(),
 ) -> Intervention:
     """Add strength x the raw mean difference, at the direction's own layer unless told. Raises ValueError for k > 1."""
     if direction.k != 1:
         raise ValueError(f"add needs a single direction, this one spans {direction.k} dimensions")
-    return Intervention("add", direction, _sites([site]), _layers(direction.layer if layer is None else layer), scope, strength)
+    return Intervention(
+        "add", direction, _sites([site]), _layers(direction.layer if layer is None else layer), scope, strength
+    )
 
 
 def clamp(
@@ -132,7 +138,9 @@ def clamp(
     if value.ndim == 0:
         value = value.expand(direction.k)
     if value.shape not in {(direction.k,), tuple(direction.reference.shape)}:
-        raise ValueError(f"`to` has shape {tuple(value.shape)}; use a number, [{direction.k}] or {tuple(direction.reference.shape)}")
+        raise ValueError(
+            f"`to` has shape {tuple(value.shape)}; use a number, [{direction.k}] or {tuple(direction.reference.shape)}"
+        )
     return Intervention("clamp", direction, ("resid_pre",), _layers(layers), scope, to=value)
 
 
