@@ -44,14 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lib", description="Run the notebooks of this study.", **layout)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     runner = commands.add_parser("run", help="run the notebooks that are not up to date", **layout)
-    status = commands.add_parser(
-        "status", help="show which notebooks are up to date, and why the others are not", **layout
-    )
+    status = commands.add_parser("status", help="show which notebooks are up to date, and why the others are not", **layout)
     commands.add_parser("models", help="show the models that can be named")
     for command in (runner, status):
-        command.add_argument(
-            "--profile", default="cpu", help=f"how much to measure: {', '.join(PROFILES)} (default: cpu)"
-        )
+        command.add_argument("--profile", default="cpu", help=f"how much to measure: {', '.join(PROFILES)} (default: cpu)")
         command.add_argument(
             "--model",
             nargs="+",
@@ -59,9 +55,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME|DIR",
             help=f"models to study (default: {DEFAULT_MODEL})",
         )
-        command.add_argument(
-            "--only", default="", metavar="ID,ID", help="studies to run, as named in notebooks/studies.toml"
-        )
+        command.add_argument("--only", default="", metavar="ID,ID", help="studies to run, as named in notebooks/studies.toml")
         command.add_argument("--out", type=Path, metavar="DIR", help="write figures, results and notebooks below DIR")
         command.add_argument(
             "-p",

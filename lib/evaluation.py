@@ -65,11 +65,7 @@ def first_slots(
         for start in range(0, len(instructions), batch_size):
             ids, attention_mask = encode(lm, instructions[start : start + batch_size], n_canvas)
             first = ids.shape[1] - n_canvas
-            at(
-                StepState(
-                    regions(lm, ids, attention_mask, first), ids == lm.mask_id if lm.mask_id is not None else ids < 0
-                )
-            )
+            at(StepState(regions(lm, ids, attention_mask, first), ids == lm.mask_id if lm.mask_id is not None else ids < 0))
             logits = lm.head(lm.hidden(ids, attention_mask)[:, first : first + n_slots]).float()
             if lm.mask_id is not None:
                 logits[..., lm.mask_id] = -torch.inf
@@ -106,9 +102,7 @@ def nats_per_token(
     An empty response gives nan. Raises ValueError for a scorer that is not causal: a masked model gives no likelihood in a pass.
     """
     if not scorer.causal:
-        raise ValueError(
-            f"{scorer.name} is a masked diffusion model: use a causal model such as smol-base as the scorer"
-        )
+        raise ValueError(f"{scorer.name} is a masked diffusion model: use a causal model such as smol-base as the scorer")
     scores = [float("nan")] * len(responses)
     rows = [i for i, response in enumerate(responses) if response.strip()]
     rows.sort(key=lambda i: len(instructions[i]) + len(responses[i]))

@@ -55,9 +55,7 @@ class Direction:
     def check(self, lm: LanguageModel) -> None:
         """Raise DirectionMismatch unless this direction belongs to the weights of `lm`."""
         if self.basis.shape[1] != lm.d_model:
-            raise DirectionMismatch(
-                f"the direction has d = {self.basis.shape[1]}, {lm.name} has d_model = {lm.d_model}"
-            )
+            raise DirectionMismatch(f"the direction has d = {self.basis.shape[1]}, {lm.name} has d_model = {lm.d_model}")
         if self.fingerprint is not None and self.fingerprint != lm.fingerprint:
             raise DirectionMismatch(
                 f"the direction was made for weights {self.fingerprint} ({self.provenance.get('model', 'unknown')}), {lm.name} has "
@@ -87,9 +85,7 @@ class Direction:
                 found = metadata.get("format_version", "no format_version")
                 raise ValueError(f"{path} is not a direction of format {FORMAT_VERSION} (found: {found})")
             facts, provenance = json.loads(metadata["facts"]), json.loads(metadata["provenance"])
-            return cls(
-                basis=file.get_tensor("basis"), reference=file.get_tensor("reference"), provenance=provenance, **facts
-            )
+            return cls(basis=file.get_tensor("basis"), reference=file.get_tensor("reference"), provenance=provenance, **facts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,9 +114,7 @@ class Candidates:
         raw = self.difference[p, layer]
         scale = raw.norm().item()
         if scale <= 1e-6 * self.harmless_mean[p, layer].norm().item():
-            raise ValueError(
-                f"harmful and harmless means are equal at layer {layer}, position {position}: no direction there"
-            )
+            raise ValueError(f"harmful and harmless means are equal at layer {layer}, position {position}: no direction there")
         basis = orthonormal(raw[None] if vectors is None else vectors)
         return Direction(
             basis=basis,

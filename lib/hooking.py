@@ -9,7 +9,7 @@ recorded), and they are removed whatever happens inside. `output_hidden_states` 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -49,9 +49,7 @@ def intervene(lm: LanguageModel, edits: Sequence[tuple[Site, Edit]]) -> Iterator
         yield
 
 
-def capture(
-    lm: LanguageModel, ids: Tensor, sites: Sequence[Site], attention_mask: Tensor | None = None
-) -> dict[Site, Tensor]:
+def capture(lm: LanguageModel, ids: Tensor, sites: Sequence[Site], attention_mask: Tensor | None = None) -> dict[Site, Tensor]:
     """Activations {site: [b, s, d]} of one forward pass in the model's dtype; inside `intervene`, the edited ones.
 
     The pass stops after the last site asked for, and the head is not run.
@@ -67,11 +65,8 @@ def capture(
 
         return record
 
-    with intervene(lm, [(site, recorder(site)) for site in sites]):
-        try:
-            lm.trunk(ids, attention_mask)
-        except _AllCaptured:
-            pass
+    with intervene(lm, [(site, recorder(site)) for site in sites]), suppress(_AllCaptured):
+        lm.trunk(ids, attention_mask)
     return states
 
 

@@ -187,9 +187,7 @@ def _stock_config(config: dict) -> dict:
         "adapter_sha256",
     }
     fields = {key: value for key, value in config.items() if key not in drop | _common(config).keys()}
-    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta", 10000.0)} | (
-        fields.pop("rope_scaling", None) or {}
-    )
+    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta", 10000.0)} | (fields.pop("rope_scaling", None) or {})
     return {"rope_parameters": rope} | fields | _common(config)
 
 
@@ -300,9 +298,7 @@ def describe() -> str:
     lines = []
     for family in FAMILIES.values():
         own = [name for name in shipped.names() if family_of(shipped.config(name)) is family]
-        lines += [
-            f"{family.name} ({family.architecture.__name__}, {'causal' if family.causal else 'masked diffusion'})"
-        ]
+        lines += [f"{family.name} ({family.architecture.__name__}, {'causal' if family.causal else 'masked diffusion'})"]
         lines += [
             f"    checked   {checked[family.name]}",
             f"    models    {', '.join([*own, *family.checkpoints]) or '-'}",
@@ -390,17 +386,13 @@ def _build(
             model.load_state_dict({target: tensor}, strict=False, assign=True)
     problems["missing"] = sorted(expected.keys() - seen)
     if found := [
-        f"{len(keys)} {kind}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
-        for kind, keys in problems.items()
-        if keys
+        f"{len(keys)} {kind}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}" for kind, keys in problems.items() if keys
     ]:
         raise CheckpointError(f"the tensors do not fit a {family.name} model of this config.json: " + "; ".join(found))
     model.config.vocab_size = model.model.embed_tokens.weight.shape[0]
     model.tie_weights()
     rotary = Float32Rotary if family.float32_rotary else type(model.model.rotary_emb)
-    model.model.rotary_emb = rotary(native).to(
-        device
-    )  # its buffers are in no checkpoint and were made on the meta device
+    model.model.rotary_emb = rotary(native).to(device)  # its buffers are in no checkpoint and were made on the meta device
     if not family.causal:
         model.config.is_causal = False
         model.config.mask_token_id = config.get("mask_token_id", family.mask_id)
@@ -495,9 +487,7 @@ def _read(shards: list[Path]) -> Iterator[tuple[str, Tensor]]:
 
 def _fingerprint(config: dict, shards: list[Path]) -> str:
     """16 hex digits from config, tensor names and every tensor's first values: tells fine-tunes apart without reading 16 GB."""
-    digest = hashlib.sha256(
-        json.dumps({k: v for k, v in config.items() if "version" not in k}, sort_keys=True).encode()
-    )
+    digest = hashlib.sha256(json.dumps({k: v for k, v in config.items() if "version" not in k}, sort_keys=True).encode())
     for shard in shards:
         with safe_open(shard, "pt") as file:
             for key in sorted(file.keys()):

@@ -141,9 +141,7 @@ def resolve_model(root: Path, name: str) -> tuple[str, str, str]:
         return name, name, digest(_files(root, shipped[name]))
     folder = Path(name).resolve()
     if folder.is_dir():
-        stats = [
-            (path.relative_to(folder).as_posix(), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()
-        ]
+        stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
         slug = f"{_slug(folder.name)}-{hashlib.sha256(str(folder).encode()).hexdigest()[:6]}"
         return str(folder), slug, digest([[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats])
     if name.startswith((".", "~", "/")) or name.count("/") > 1:
@@ -168,9 +166,7 @@ def _code(root: Path, notebook: Path) -> dict[str, str]:
     try:
         return code(root / "lib", imported(root / "lib", source))
     except SyntaxError as error:
-        raise UserError(
-            f"{notebook.name}: not Python, so what it imports is unknown: {error.msg}: {error.text}"
-        ) from error
+        raise UserError(f"{notebook.name}: not Python, so what it imports is unknown: {error.msg}: {error.text}") from error
 
 
 # --- reasons ----------------------------------------------------------------------------------------------------------

@@ -46,9 +46,7 @@ def template(lm: LanguageModel) -> Template:
     tokenizer = _tokenizer(lm)
     if tokenizer.chat_template is None:
         return Template((), ())
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _SENTINEL}], tokenize=False, add_generation_prompt=True
-    )
+    text = tokenizer.apply_chat_template([{"role": "user", "content": _SENTINEL}], tokenize=False, add_generation_prompt=True)
     pre, post = text.split(_SENTINEL)
     return Template(*(tuple(tokenizer(part, add_special_tokens=False).input_ids) for part in (pre, post)))
 
@@ -159,9 +157,7 @@ class Contrast:
     harmless: tuple[str, ...]
 
 
-def contrast(
-    language: Language, split: Literal["train", "val", "test"], n: int | None = None, seed: int = 0
-) -> Contrast:
+def contrast(language: Language, split: Literal["train", "val", "test"], n: int | None = None, seed: int = 0) -> Contrast:
     """`n` twin pairs (all by default) of data/prompts/contrast.jsonl, drawn with `seed`; the same rows in both languages.
 
     Rows of `test` were in no model's training data. Raises ValueError when fewer than `n` pairs exist.
@@ -172,6 +168,4 @@ def contrast(
         raise ValueError(f"{n} {split} pairs asked, {len(rows)} exist")
     random.Random(seed).shuffle(rows)
     rows = rows[:n]
-    return Contrast(
-        language, split, *(tuple(row[f"{language}_{side}"] for row in rows) for side in ("harmful", "harmless"))
-    )
+    return Contrast(language, split, *(tuple(row[f"{language}_{side}"] for row in rows) for side in ("harmful", "harmless")))

@@ -59,8 +59,7 @@ class Decoding:
 
     def __post_init__(self):
         if self.remasking not in (
-            known := [name for group in (LladaRemasking, DreamRemasking) for name in get_args(group)]
-            + ["autoregressive"]
+            known := [name for group in (LladaRemasking, DreamRemasking) for name in get_args(group)] + ["autoregressive"]
         ):
             raise DecodingError(f"remasking {self.remasking!r}; use one of {', '.join(known)}")
         if min(self.gen_length, self.steps, self.block_length) < 1:
@@ -89,9 +88,7 @@ class Decoding:
     def of(cls, lm: LanguageModel, **changes) -> "Decoding":
         """The default of the model's family with `changes`; a new gen_length takes steps and block_length along, unless given."""
         if unknown := changes.keys() - {field.name for field in fields(cls)}:
-            raise TypeError(
-                f"unknown decoding fields {sorted(unknown)}; known: {[field.name for field in fields(cls)]}"
-            )
+            raise TypeError(f"unknown decoding fields {sorted(unknown)}; known: {[field.name for field in fields(cls)]}")
         settings = dict(lm.family.decoding)
         if "gen_length" in changes:
             gen_length, block_length = changes["gen_length"], settings["block_length"]
@@ -422,9 +419,7 @@ class _Draws:
     def categorical(self, probabilities: Tensor, where: Tensor | None = None) -> Tensor:
         """Token ids [b, n] from probabilities [b, n, vocab]; in exact mode drawn where `where` is True, the rest are 0."""
         if self.exact:
-            where = (
-                torch.ones(probabilities.shape[:-1], dtype=torch.bool, device=self.device) if where is None else where
-            )
+            where = torch.ones(probabilities.shape[:-1], dtype=torch.bool, device=self.device) if where is None else where
             chosen = probabilities[where]
             tokens = torch.zeros(where.shape, dtype=torch.long, device=self.device)
             if len(chosen):
@@ -432,16 +427,11 @@ class _Draws:
                 tokens[where] = torch.multinomial(normalised, 1, True, generator=self.generators[0])[:, 0]
             return tokens
         return torch.stack(
-            [
-                torch.multinomial(p, 1, True, generator=g)[:, 0]
-                for p, g in zip(probabilities, self.generators, strict=True)
-            ]
+            [torch.multinomial(p, 1, True, generator=g)[:, 0] for p, g in zip(probabilities, self.generators, strict=True)]
         )
 
     def without_replacement(self, weights: Tensor, count: int) -> Tensor:
         """`count` distinct columns [b, count] of each row, in proportion to weights [b, n]."""
         if self.exact:
             return torch.multinomial(weights, count, generator=self.generators[0])
-        return torch.stack(
-            [torch.multinomial(w, count, generator=g) for w, g in zip(weights, self.generators, strict=True)]
-        )
+        return torch.stack([torch.multinomial(w, count, generator=g) for w, g in zip(weights, self.generators, strict=True)])

@@ -41,9 +41,7 @@ def operate(lm: LanguageModel, direction: Direction, operation: str) -> Interven
     return OPERATIONS[operation](direction, lm.n_layers)
 
 
-def discrimination(
-    lm: LanguageModel, candidates: Candidates, harmful: Sequence[str], harmless: Sequence[str]
-) -> pd.DataFrame:
+def discrimination(lm: LanguageModel, candidates: Candidates, harmful: Sequence[str], harmless: Sequence[str]) -> pd.DataFrame:
     """AUROC of the projection on each candidate, for prompts that did not make it: rows layer, position, auroc."""
     x = torch.cat([activations(lm, harmful), activations(lm, harmless)])  # [n, p, l, d]
     labels = [1] * len(harmful) + [0] * len(harmless)
@@ -79,9 +77,7 @@ def score(
     )
 
 
-def select(
-    table: pd.DataFrame, max_divergence: float = 0.3, min_auroc: float = 0.8, by: str = "bypass"
-) -> pd.DataFrame:
+def select(table: pd.DataFrame, max_divergence: float = 0.3, min_auroc: float = 0.8, by: str = "bypass") -> pd.DataFrame:
     """The table with columns `kept` and `reason`, best cell first: lowest bypass (or highest induce) among the kept.
 
     Raises NothingSelected when no cell is kept.

@@ -43,7 +43,7 @@ def names() -> list[str]:
 
 
 def config(name: str) -> dict:
-    """The model's config.json: a plain Llama config, plus `mask_token_id`, `is_causal` and `adapter_sha256` where they apply."""
+    """The model's config.json: a plain Llama config, with `mask_token_id`, `is_causal`, `adapter_sha256` where they apply."""
     return json.loads((MODELS / name / "config.json").read_text())
 
 

@@ -91,9 +91,7 @@ def paired_difference(
     return bootstrap(a - b, np.mean, confidence, seed, resamples)
 
 
-def permutation_pvalue(
-    a: Sequence[float], b: Sequence[float], *, paired: bool, seed: int = 0, resamples: int = 9999
-) -> float:
+def permutation_pvalue(a: Sequence[float], b: Sequence[float], *, paired: bool, seed: int = 0, resamples: int = 9999) -> float:
     """Two-sided p-value of the difference of means; exact where at most `resamples` permutations exist.
 
     paired: a[i] and b[i] are one prompt and swap places; otherwise prompts move between the groups.
@@ -163,9 +161,7 @@ def one_dimensionality(
     classes = np.flatnonzero(labels), np.flatnonzero(~labels)
     if x.ndim != 2 or x.shape[:1] != labels.shape or min(map(len, classes)) < FOLDS:
         sizes = " + ".join(str(len(rows)) for rows in classes)
-        raise ValueError(
-            f"need x [n, d], labels [n] and {FOLDS} or more prompts a class, got x {x.shape}, labels {sizes}"
-        )
+        raise ValueError(f"need x [n, d], labels [n] and {FOLDS} or more prompts a class, got x {x.shape}, labels {sizes}")
     n, rng = len(labels), np.random.default_rng(seed)
     x = x - x.mean(axis=0)
     gram = x @ x.T

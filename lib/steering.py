@@ -122,9 +122,7 @@ def add(
     """Add strength x the raw mean difference, at the direction's own layer unless told. Raises ValueError for k > 1."""
     if direction.k != 1:
         raise ValueError(f"add needs a single direction, this one spans {direction.k} dimensions")
-    return Intervention(
-        "add", direction, _sites([site]), _layers(direction.layer if layer is None else layer), scope, strength
-    )
+    return Intervention("add", direction, _sites([site]), _layers(direction.layer if layer is None else layer), scope, strength)
 
 
 def clamp(
@@ -133,7 +131,10 @@ def clamp(
     layers: int | Iterable[int] | None = None,
     scope: Scope = Scope(),
 ) -> Intervention:
-    """Set the projection at resid_pre: to a number, a [k] vector, a value per layer [n_layers, k], or (None) the harmless mean."""
+    """Set the projection at resid_pre: to a number, a [k] vector, a value per layer [n_layers, k], or (None) the harmless mean.
+
+    Raises ValueError for any other shape.
+    """
     value = direction.reference if to is None else torch.as_tensor(to, dtype=torch.float32)
     if value.ndim == 0:
         value = value.expand(direction.k)

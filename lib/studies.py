@@ -100,13 +100,9 @@ def declared_parameters(notebook: Path) -> dict[str, tuple]:
     comment. Raises UserError for a missing cell, other statements, types other than TYPES, and where `model: str` or
     `seed: int` is missing.
     """
-    source = next(
-        (source for kind, source, tags in read_cells(notebook) if kind == "code" and "parameters" in tags), None
-    )
+    source = next((source for kind, source, tags in read_cells(notebook) if kind == "code" and "parameters" in tags), None)
     if source is None:
-        raise UserError(
-            f'{notebook.name} has no code cell tagged "parameters" (in Jupyter: property inspector, Cell Tags)'
-        )
+        raise UserError(f'{notebook.name} has no code cell tagged "parameters" (in Jupyter: property inspector, Cell Tags)')
     try:
         statements = ast.parse(source).body
     except SyntaxError as error:

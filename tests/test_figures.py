@@ -53,9 +53,7 @@ def dose_response(title: str = "拒绝率 refusal rate"):
 
 def test_a_figure_is_four_files_of_one_name(tmp_path):
     assert save(dose_response(), "dose_response", TABLE, directory=tmp_path) == tmp_path / "dose_response.pdf"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"dose_response.{s}" for s in ("csv", "json", "pdf", "png")
-    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"dose_response.{s}" for s in ("csv", "json", "pdf", "png")]
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "dose_response.csv"), TABLE)
     with Image.open(tmp_path / "dose_response.png") as image:
         assert image.size == (round(300 * COLUMN), 720)
@@ -187,9 +185,7 @@ def test_more_levels_than_colours_are_refused():
 
 def test_a_legend_stays_inside_the_page_and_off_the_axes():
     fig, axes = plt.subplots(1, 2)
-    table = TABLE.replace(
-        {"method": {"baseline": "a long name of a model", "ablate": "另一个模型的长名字", "random": "third"}}
-    )
+    table = TABLE.replace({"method": {"baseline": "a long name of a model", "ablate": "另一个模型的长名字", "random": "third"}})
     for ax in axes:
         points_with_intervals(ax, table, "strength", "refusal", "method")
     key = legend(fig)
@@ -217,33 +213,25 @@ def test_a_heatmap_is_white_at_zero_and_grey_where_nothing_was_measured():
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
 SIGHT = {
     "normal": np.eye(3),
-    "protanopia": np.array(
-        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
-    ),
+    "protanopia": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]),
     "deuteranopia": np.array(
         [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
     ),
 }
-XYZ = np.array(
-    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
-)
+XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])
 
 
 def lab(colour: str, sight: np.ndarray) -> np.ndarray:
     """CIELAB (D65) of an sRGB colour as a reader with this sight sees it."""
     rgb = np.array(colors.to_rgb(colour))
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    x, y, z = np.cbrt(
-        XYZ @ np.clip(sight @ linear, 0.001, 1) / XYZ.sum(axis=1)
-    )  # the cube root alone: not exact near black
+    x, y, z = np.cbrt(XYZ @ np.clip(sight @ linear, 0.001, 1) / XYZ.sum(axis=1))  # the cube root alone: not exact near black
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
 def least_distance(palette, sight: str) -> float:
     """Delta E (1976) of the closest pair; 2.3 is just noticeable side by side."""
-    return min(
-        np.linalg.norm(lab(a, SIGHT[sight]) - lab(b, SIGHT[sight])) for a, b in itertools.combinations(palette, 2)
-    )
+    return min(np.linalg.norm(lab(a, SIGHT[sight]) - lab(b, SIGHT[sight])) for a, b in itertools.combinations(palette, 2))
 
 
 @pytest.mark.parametrize("sight", SIGHT)

@@ -59,9 +59,7 @@ def write_notebook(path: Path, cells: list[str], parameters: str | None = PARAME
     tagged = [] if parameters is None else [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
     plain = [nbformat.v4.new_code_cell(cell) for cell in cells]
     metadata = {"kernelspec": {"name": "some-other-kernel", "display_name": "other", "language": "python"}}
-    notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_markdown_cell("# Title"), *tagged, *plain], metadata=metadata
-    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title"), *tagged, *plain], metadata=metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, path)
 
@@ -339,9 +337,7 @@ def test_an_interrupt_stops_kernels_and_leaves_nothing_half_written(tmp_path):
     write_notebook(root / "notebooks/good.ipynb", [waits])
     code = f"import sys, pathlib, lib.__main__\nsys.exit(lib.__main__.main(['run'], root=pathlib.Path({str(root)!r})))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not (root / "pid").exists() or not (root / "pid").read_text():
         assert process.poll() is None
         time.sleep(0.05)
