@@ -1,0 +1,51 @@
+"""What a newcomer relies on: the lock holds what pyproject asks, without CUDA; notebooks are stored without outputs; no cycles."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LOCK = (ROOT / "requirements.lock").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_lock_pins_every_dependency_and_no_cuda():
+    for requirement in PROJECT["project"]["dependencies"] + PROJECT["dependency-groups"]["test"]:
+        name = re.match(r"[\w.-]+", requirement)[0]
+        assert re.search(rf"^{name}==", LOCK, re.MULTILINE | re.IGNORECASE), name
+    assert not re.search(r"^(nvidia|triton)", LOCK, re.MULTILINE)
+
+
+def test_the_conda_environment_installs_the_lock():
+    text = (ROOT / "environment.yml").read_text()
+    assert "- -r requirements.lock" in text and "python=3.12" in text
+    assert PROJECT["project"]["requires-python"] == ">=3.11,<3.14"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_stored_without_outputs(path):
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code" and not path.name.startswith("00_"):
+            assert not cell.outputs and cell.execution_count is None
+
+
+def imports(path):
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return {name for node in nodes for name in ([node.module] if node.module else [alias.name for alias in node.names])}
+
+
+def test_modules_import_in_one_direction():
+    modules = {path.stem: imports(path) for path in (ROOT / "lib").glob("*.py") if not path.stem.startswith("__")}
+    done = set()
+    while ready := {name for name, needs in modules.items() if name not in done and (needs & modules.keys()) <= done}:
+        done |= ready
+    assert done == modules.keys(), f"a cycle among {sorted(modules.keys() - done)}"
+
+
+def test_nothing_is_unpickled_and_no_remote_code_runs():
+    for path in (ROOT / "lib").glob("*.py"):
+        assert not re.search(r"trust_remote_code\s*=\s*True|torch\.load\(|import pickle", path.read_text()), path
