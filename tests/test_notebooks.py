@@ -7,7 +7,7 @@ from lib.studies import read_studies
 
 def test_the_smoke_profile(tmp_path):
     assert run(profile="smoke", out=tmp_path) == 0
-    for study in read_studies(REPO):
+    for study in read_studies(REPO).values():
         for figure in study.figures:
             for kind in ("pdf", "png", "csv", "json"):
                 assert (tmp_path / "figures" / f"{figure}.{kind}").stat().st_size > 0
