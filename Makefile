@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TORCH := $(shell grep '^torch==' requirements.lock)
+TORCH := $(shell grep -o '^torch==[^ ;]*' requirements.lock)
 # Without an NVIDIA driver torch comes from PyTorch's CPU index: the build on PyPI for Linux would pull gigabytes of CUDA.
+# The lock is complete, so it is installed with --no-deps too: else pip would go and fetch what an installed torch asks for.
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH_OPTIONS := --no-deps --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15
 endif
@@ -27,7 +28,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	  { echo "Python 3.11 to 3.13 is needed, $(PYTHON) is $$($(PYTHON) --version); use make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH) $(TORCH_OPTIONS)
-	$(BIN)/python -m pip install -r requirements.lock
+	$(BIN)/python -m pip install --no-deps -r requirements.lock
 	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
 	touch $@
 
