@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import platform
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from .files import atomic, git_state
 from .planning import Run
-from .results import atomic
 
 VERSIONS = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "papermill")
 
@@ -56,7 +55,7 @@ class Worker:
             "key": run.key,
             "identity": run.identity,
             "seed": run.identity["parameter"]["seed"],
-            "git": _git(settings.root),
+            "git": git_state(settings.root),
             "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS},
             "start": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -210,20 +209,6 @@ def _escaped(path: Path) -> str:
 
 
 # --- provenance -------------------------------------------------------------------------------------------------------
-
-
-def _git(root: Path) -> dict | None:
-    """Commit, and whether anything but the outputs of runs differs from it; None outside a repository."""
-    outputs = (":!figures", ":!data/results")  # what earlier notebooks of this run have written changes no code
-    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", ".", *outputs])
-    try:
-        commit, changes = (
-            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-            for command in commands
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"commit": commit, "dirty": bool(changes)}
 
 
 def _version(package: str) -> str | None:

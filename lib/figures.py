@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import time
 import warnings
 from collections.abc import Mapping
@@ -30,9 +29,9 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.transforms import ScaledTranslation
 
+from .files import atomic, git_state
 from .identity import plain
 from .paths import DATA, REPO
-from .results import atomic
 
 COLUMN, PAGE = 3.35, 6.9  # print widths in inches: one column, both columns
 
@@ -208,7 +207,7 @@ def save(
         "caption": caption,
         "run": plain(provenance or {}, "provenance"),
         "csv_sha256": hashlib.sha256(table).hexdigest(),
-        "git": git_state(),
+        "git": git_state(REPO),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
         "created": datetime.fromtimestamp(int(os.environ.get("SOURCE_DATE_EPOCH", time.time())), UTC).isoformat(),
     }
@@ -236,17 +235,3 @@ def _render(fig: Figure, id: str, format: str, **metadata) -> bytes:
         except UserWarning as missing:
             raise ValueError(f"figure {id}: {missing}") from None
     return target.getvalue()
-
-
-def git_state() -> dict | None:
-    """Commit, and whether anything but outputs of runs differs from it; None outside a git repository."""
-    outputs = ":!figures", ":!data/results"
-    commands = ["rev-parse", "HEAD"], ["status", "--porcelain", "--", ".", *outputs]
-    try:
-        commit, changes = (
-            subprocess.run(["git", *command], cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
-            for command in commands
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"commit": commit, "dirty": bool(changes)}

@@ -99,15 +99,6 @@ def _type(value) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def of_file(path: Path) -> str:
-    """sha256 (64 hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # --- code -------------------------------------------------------------------------------------------------------------
 
 

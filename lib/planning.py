@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .identity import code, digest, imported, of_file, plain
+from .files import sha256
+from .identity import code, digest, imported, plain
 from .studies import PROFILES, Study, UserError, check_parameters, known, read_cells, read_studies
 
 DEFAULT_MODEL = "smol-mdlm"
@@ -86,7 +87,7 @@ def plan(
         raise UserError("choose the model with --model (or `models`), not as a parameter")
     known("parameter", given, {name for study in selected for name in studies[study].declared})
     figures, results, notebooks = places(root, profile, out)
-    lock = of_file(root / LOCK) if (root / LOCK).exists() else None
+    lock = sha256(root / LOCK) if (root / LOCK).exists() else None
     prompts = _files(root, root / "data" / "prompts")
     runs = []
     for name in dict.fromkeys(models):
@@ -156,7 +157,7 @@ def _slug(name: str) -> str:
 def _files(root: Path, folder: Path) -> dict[str, str]:
     """Content identity of every file below `folder`, by path in the repository."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return {path.relative_to(root).as_posix(): of_file(path) for path in files}
+    return {path.relative_to(root).as_posix(): sha256(path) for path in files}
 
 
 def _code(root: Path, notebook: Path) -> dict[str, str]:

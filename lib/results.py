@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm  # not tqdm.auto: a widget would not survive in an executed notebook
 
+from .files import atomic
 from .identity import canonical, code_of, digest, identity, plain
 from .paths import DATA
 
@@ -148,20 +149,6 @@ def _write_parquet(path: Path, frame, **metadata) -> Path:
     with atomic(path) as temporary:
         pyarrow.parquet.write_table(table.replace_schema_metadata({**table.schema.metadata, **notes}), temporary)
     return path
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; what is written there takes the place of `path` when the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- sweeps -----------------------------------------------------------------------------------------------------------

