@@ -5,9 +5,9 @@ from importlib import import_module
 _HOME = {
     "Contrast": "prompts", "Decoding": "sampling", "Direction": "extraction", "Scope": "steering", "Site": "hooking",
     "ablate": "steering", "activations": "extraction", "add": "steering", "cached": "results", "capture": "hooking",
-    "clamp": "steering", "contrast": "prompts", "decode": "prompts", "encode": "prompts", "intervene": "hooking",
-    "is_refusal": "evaluation", "load": "models", "mean_difference": "extraction", "position_names": "prompts",
-    "respond": "sampling", "sample": "sampling", "select": "selection", "sweep": "results",
+    "clamp": "steering", "compare": "effects", "contrast": "prompts", "decode": "prompts", "encode": "prompts",
+    "intervene": "hooking", "is_refusal": "evaluation", "load": "models", "mean_difference": "extraction", "pooled": "prompts",
+    "position_names": "prompts", "respond": "sampling", "sample": "sampling", "select": "selection", "sweep": "results",
 }  # fmt: skip
 __all__ = sorted(_HOME)
 

@@ -8,11 +8,13 @@ import re
 from collections.abc import Sequence
 
 import torch
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from torch import Tensor
 
 from .models import LanguageModel
-from .prompts import encode, regions
-from .sampling import respond
+from .prompts import Contrast, batches, encode, regions
 from .steering import Intervention, StepState, steering
 
 # What a refusal says in its opening. Arditi et al.'s list (arXiv 2406.11717, appendix) without the assistant boilerplate that
@@ -60,17 +62,17 @@ def first_slots(
     Masked models: the first SCORED_SLOTS of CANVAS masked slots. Autoregressive models: the first response token alone.
     """
     n_canvas, n_slots = (1, 1) if lm.causal else (CANVAS, SCORED_SLOTS)
-    rows = []
+    scored: dict[int, Tensor] = {}
     with torch.inference_mode(), steering(lm, interventions) as at:
-        for start in range(0, len(instructions), batch_size):
-            ids, attention_mask = encode(lm, instructions[start : start + batch_size], n_canvas)
+        for rows in batches(lm, instructions, batch_size):
+            ids, attention_mask = encode(lm, [instructions[i] for i in rows], n_canvas)
             first = ids.shape[1] - n_canvas
             at(StepState(regions(lm, ids, attention_mask, first), ids == lm.mask_id if lm.mask_id is not None else ids < 0))
             logits = lm.head(lm.hidden(ids, attention_mask)[:, first : first + n_slots]).float()
             if lm.mask_id is not None:
                 logits[..., lm.mask_id] = -torch.inf
-            rows.append(logits.log_softmax(-1))
-    return torch.cat(rows)
+            scored |= zip(rows, logits.log_softmax(-1), strict=True)
+    return torch.stack([scored[i] for i in range(len(instructions))])
 
 
 def refusal_tokens(lm: LanguageModel) -> list[int]:
@@ -105,9 +107,8 @@ def nats_per_token(
         raise ValueError(f"{scorer.name} is a masked diffusion model: use a causal model such as smol-base as the scorer")
     scores = [float("nan")] * len(responses)
     rows = [i for i, response in enumerate(responses) if response.strip()]
-    rows.sort(key=lambda i: len(instructions[i]) + len(responses[i]))
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
+    for chosen in batches(scorer, [instructions[i] + responses[i] for i in rows], batch_size):
+        batch = [rows[i] for i in chosen]
         targets = [scorer.tokenizer(responses[i], add_special_tokens=False).input_ids for i in batch]
         width = max(map(len, targets))
         ids, attention_mask = encode(scorer, [instructions[i] for i in batch], width)
@@ -129,21 +130,13 @@ def repetition(lm: LanguageModel, response: str) -> float:
     return 1 - len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
-def measure(
-    lm: LanguageModel,
-    instructions: Sequence[str],
-    interventions: Sequence[Intervention] = (),
-    scorer: LanguageModel | None = None,
-    seed: int = 0,
-    **decoding,
-) -> list[dict]:
-    """One row a prompt: refused (bool), repetition, and with a causal `scorer` the response's nats a token.
+def word_count_scores(train: Contrast, test: Contrast) -> tuple[list[float], list[float]]:
+    """How harmful each harmful and each harmless test prompt looks to word counts alone: the control for every probe.
 
-    The responses themselves are not kept: an unrefused answer to a harmful request has no place in a results table.
+    Log-odds of a logistic regression on counts of words (English) or of characters in runs of up to three (Chinese), fitted on
+    `train`. Held-out AUROC that a probe of the model shares with this says nothing about the model.
     """
-    texts = respond(lm, instructions, interventions, seed, **decoding)
-    nats = nats_per_token(scorer, instructions, texts) if scorer else [float("nan")] * len(texts)
-    return [
-        dict(prompt=i, refused=is_refusal(text), nats=n, repetition=repetition(lm, text))
-        for i, (text, n) in enumerate(zip(texts, nats, strict=True))
-    ]
+    counts = dict(analyzer="char", ngram_range=(1, 3)) if train.language == "zh" else {}
+    classifier = make_pipeline(CountVectorizer(**counts), LogisticRegression(max_iter=1000))
+    classifier.fit([*train.harmful, *train.harmless], [1] * len(train.harmful) + [0] * len(train.harmless))
+    return tuple(classifier.decision_function(list(side)).tolist() for side in (test.harmful, test.harmless))

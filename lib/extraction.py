@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors import safe_open
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .hooking import Site, capture
 from .models import LanguageModel
-from .prompts import encode, template
+from .prompts import batches, encode, template
 
 FORMAT_VERSION = "1"
 
@@ -31,18 +32,20 @@ class DirectionMismatch(ValueError):
 class Direction:
     """A subspace of the residual stream, with where it came from.
 
-    basis: [k, d] orthonormal rows, float32; k = 1 is the single direction. scale: length of the raw mean difference, the unit
-    of `add`'s strength. reference: [n_layers, k] projections of the harmless mean at each layer, what `clamp` sets by default.
+    basis: [k, d] orthonormal rows, float32; k = 1 is the single direction. layer, position: the cell it comes from.
+    scale: [n_layers] distance of the two class means at each layer (at `position`), the unit of `add`'s strength.
+    reference: [n_layers, k] projections of the harmless mean at each layer, what `clamp` sets by default.
     fingerprint: the weights it belongs to; None once `unbound`.
     """
 
     basis: Tensor
-    scale: float
+    scale: Tensor
     layer: int
     position: int
     reference: Tensor
     fingerprint: str | None
     provenance: dict = field(default_factory=dict)
+    _TENSORS: ClassVar = ("basis", "scale", "reference")
 
     def __post_init__(self):
         if self.basis.ndim != 2 or not torch.allclose(self.basis @ self.basis.T, torch.eye(len(self.basis)), atol=1e-4):
@@ -62,19 +65,24 @@ class Direction:
                 f"{lm.fingerprint}; for a transfer study use direction.unbound()"
             )
 
+    def noting(self, **facts) -> "Direction":
+        """The same direction with more provenance (JSON values): seeds, scores, whatever a reader of the file must know."""
+        return replace(self, provenance=self.provenance | facts)
+
     def unbound(self) -> "Direction":
         """The same direction for use on any model of the same width: transfer studies say so by calling this."""
         return replace(self, fingerprint=None)
 
     def save(self, path: str | Path) -> None:
-        """Write basis and reference as safetensors, everything else as JSON in its metadata."""
-        facts = dict(scale=self.scale, layer=self.layer, position=self.position, fingerprint=self.fingerprint)
+        """Write the tensors as safetensors, everything else as JSON in its metadata."""
+        facts = dict(layer=self.layer, position=self.position, fingerprint=self.fingerprint)
+        tensors = {name: getattr(self, name).contiguous() for name in self._TENSORS}
         metadata = {
             "format_version": FORMAT_VERSION,
             "facts": json.dumps(facts),
             "provenance": json.dumps(self.provenance),
         }
-        save_file({"basis": self.basis.contiguous(), "reference": self.reference.contiguous()}, path, metadata)
+        save_file(tensors, path, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "Direction":
@@ -85,7 +93,7 @@ class Direction:
                 found = metadata.get("format_version", "no format_version")
                 raise ValueError(f"{path} is not a direction of format {FORMAT_VERSION} (found: {found})")
             facts, provenance = json.loads(metadata["facts"]), json.loads(metadata["provenance"])
-            return cls(basis=file.get_tensor("basis"), reference=file.get_tensor("reference"), provenance=provenance, **facts)
+            return cls(**{name: file.get_tensor(name) for name in cls._TENSORS}, **facts, provenance=provenance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +112,7 @@ class Candidates:
         return self.harmful_mean - self.harmless_mean
 
     def direction(self, layer: int, position: int, vectors: Tensor | None = None) -> Direction:
-        """The unit mean difference of one cell; or the span of `vectors` [k, d] with this cell's scale and harmless mean.
+        """The unit mean difference of one cell; or the span of `vectors` [k, d] with this cell's scales and harmless means.
 
         Raises ValueError for a cell that is not in the grid, or one whose two means are equal (no direction).
         """
@@ -112,13 +120,12 @@ class Candidates:
             raise ValueError(f"no candidate at layer {layer}, position {position}; positions: {self.positions}")
         p = self.positions.index(position)
         raw = self.difference[p, layer]
-        scale = raw.norm().item()
-        if scale <= 1e-6 * self.harmless_mean[p, layer].norm().item():
+        if raw.norm().item() <= 1e-6 * self.harmless_mean[p, layer].norm().item():
             raise ValueError(f"harmful and harmless means are equal at layer {layer}, position {position}: no direction there")
         basis = orthonormal(raw[None] if vectors is None else vectors)
         return Direction(
             basis=basis,
-            scale=scale,
+            scale=self.difference[p].norm(dim=-1).float(),
             layer=layer,
             position=position,
             reference=(self.harmless_mean[p] @ basis.double().T).float(),
@@ -133,7 +140,7 @@ def mean_difference(
     """Candidates from resid_pre of every layer at every template position; `n_slots` > 0 adds an empty (masked) response to the canvas."""
     means = []
     for instructions in (harmful, harmless):
-        total = sum(batch.double().sum(0).cpu() for batch in _batches(lm, instructions, n_slots, batch_size))
+        total = sum(states.double().sum(0).cpu() for _, states in _states(lm, instructions, n_slots, batch_size))
         means.append(total / len(instructions))
     around = template(lm)
     provenance = dict(
@@ -148,20 +155,25 @@ def mean_difference(
 
 def activations(lm: LanguageModel, instructions: Sequence[str], n_slots: int = 0, batch_size: int = 32) -> Tensor:
     """resid_pre at the template positions of every layer: [n, p, l, d] float32 on the CPU."""
-    return torch.cat([batch.float().cpu() for batch in _batches(lm, instructions, n_slots, batch_size)])
+    states: dict[int, Tensor] = {}
+    for rows, batch in _states(lm, instructions, n_slots, batch_size):
+        states |= zip(rows, batch.float().cpu(), strict=True)
+    return torch.stack([states[i] for i in range(len(instructions))])
 
 
-def _batches(lm: LanguageModel, instructions: Sequence[str], n_slots: int, batch_size: int) -> Iterator[Tensor]:
-    """Activations [b, p, l, d] of one batch after another."""
+def _states(
+    lm: LanguageModel, instructions: Sequence[str], n_slots: int, batch_size: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Indices [b] and activations [b, p, l, d] of one batch after another."""
     sites = [Site(layer) for layer in range(lm.n_layers)]
     positions = torch.tensor(template(lm).positions, device=lm.device)
-    for start in range(0, len(instructions), batch_size):
-        ids, attention_mask = encode(lm, instructions[start : start + batch_size], n_slots)
+    for indices in batches(lm, instructions, batch_size):
+        ids, attention_mask = encode(lm, [instructions[i] for i in indices], n_slots)
         first = (attention_mask == 0).sum(1, keepdim=True)
         columns = torch.where(positions >= 0, first + positions, ids.shape[1] - n_slots + positions)  # [b, p]
         rows = torch.arange(len(ids), device=lm.device)[:, None]
         states = capture(lm, ids, sites, attention_mask)
-        yield torch.stack([states[site][rows, columns] for site in sites], dim=2)
+        yield indices, torch.stack([states[site][rows, columns] for site in sites], dim=2)
 
 
 def principal_components(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,10 @@ The three parts are tokenised apart, so a region is exact and template positions
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from .models import LanguageModel
 from .paths import PROMPTS
 
 Language = Literal["en", "zh"]
+Side = Literal["harmful", "harmless"]
+Split = Literal["train", "val", "test"]
 PAD, PRE_INSTRUCTION, INSTRUCTION, POST_INSTRUCTION, RESPONSE = range(5)
 REGIONS = {
     "pre_instruction": PRE_INSTRUCTION,
@@ -85,6 +87,14 @@ def encode(lm: LanguageModel, instructions: Sequence[str], n_slots: int = 0) -> 
     if n_slots and not lm.causal:
         ids[:, width:] = lm.mask_id
     return ids.to(lm.device), attention_mask.to(lm.device)
+
+
+def batches(lm: LanguageModel, instructions: Sequence[str], batch_size: int) -> Iterator[list[int]]:
+    """Indices of `instructions` in batches of similar token length, shortest first: padding is work for nothing."""
+    lengths = [len(ids) for ids in _tokenizer(lm)(list(instructions), add_special_tokens=False).input_ids] if instructions else []
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def regions(lm: LanguageModel, ids: Tensor, attention_mask: Tensor | None, prompt_length: int) -> Tensor:
@@ -157,10 +167,10 @@ class Contrast:
     harmless: tuple[str, ...]
 
 
-def contrast(language: Language, split: Literal["train", "val", "test"], n: int | None = None, seed: int = 0) -> Contrast:
+def contrast(language: Language, split: Split, n: int | None = None, seed: int = 0) -> Contrast:
     """`n` twin pairs (all by default) of data/prompts/contrast.jsonl, drawn with `seed`; the same rows in both languages.
 
-    Rows of `test` were in no model's training data. Raises ValueError when fewer than `n` pairs exist.
+    Rows of `test` were in no model's training data; see data/prompts/README.md. Raises ValueError when fewer than `n` pairs exist.
     """
     lines = (PROMPTS / "contrast.jsonl").read_text(encoding="utf8").splitlines()
     rows = [row for row in map(json.loads, lines) if row["split"] == split and row["en_harmful"]]
@@ -169,3 +179,18 @@ def contrast(language: Language, split: Literal["train", "val", "test"], n: int 
     random.Random(seed).shuffle(rows)
     rows = rows[:n]
     return Contrast(language, split, *(tuple(row[f"{language}_{side}"] for row in rows) for side in ("harmful", "harmless")))
+
+
+def by_language(
+    split: Split, sides: Sequence[Side], n: int | None = None, seed: int = 0
+) -> dict[Language, dict[Side, tuple[str, ...]]]:
+    """Prompts of `n` pairs in each language: {language: {side: prompts}}."""
+    return {
+        language: {side: getattr(contrast(language, split, n, seed), side) for side in sides} for language in get_args(Language)
+    }
+
+
+def pooled(split: Split, n: int | None = None, seed: int = 0) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(harmful, harmless) prompts of `n` pairs a language, English and Chinese together: what one direction for both is made from."""
+    sets = by_language(split, get_args(Side), n, seed).values()
+    return tuple(tuple(prompt for prompts in sets for prompt in prompts[side]) for side in get_args(Side))

@@ -79,6 +79,11 @@ def key(function: Callable, /, **inputs) -> str:
     return digest(_origin(function, inputs))[:12]
 
 
+def store() -> Path:
+    """The folder of results: $MDLM_RESULTS, else data/results."""
+    return Path(os.environ.get("MDLM_RESULTS") or DATA / "results")
+
+
 # --- entries ----------------------------------------------------------------------------------------------------------
 
 
@@ -87,8 +92,7 @@ def _entry(name: str, function: Callable, inputs: Mapping) -> tuple[Path, dict]:
     if not re.fullmatch(r"[a-z0-9]+([._-][a-z0-9]+)*", name):
         raise ValueError(f"name {name!r}; use lower-case letters and digits, joined by - _ or .: it names a file")
     origin = _origin(function, inputs)
-    store = Path(os.environ.get("MDLM_RESULTS") or DATA / "results")
-    return store / f"{name}-{digest(origin)[:12]}", origin
+    return store() / f"{name}-{digest(origin)[:12]}", origin
 
 
 def _origin(function: Callable, inputs: Mapping) -> dict:

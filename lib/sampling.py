@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from .models import LanguageModel
-from .prompts import decode, encode, regions
+from .prompts import batches, decode, encode, regions
 from .steering import Intervention, StepState, steering
 
 LladaRemasking = Literal["low_confidence", "random"]
@@ -167,11 +167,9 @@ def respond(
 
     `changes` are fields of Decoding; the fast mode is the default here, so that a response does not depend on its batch.
     """
-    order = sorted(range(len(instructions)), key=lambda i: len(instructions[i]))
     texts: dict[int, str] = {}
     with tqdm(total=len(instructions), desc=progress, disable=progress is None, mininterval=1, leave=False) as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in batches(lm, instructions, batch_size):
             prompt_ids, attention_mask = encode(lm, [instructions[i] for i in rows])
             settings = {"exact": False} | changes
             seeds = seed if settings["exact"] else [seed + i for i in rows]

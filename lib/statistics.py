@@ -91,6 +91,16 @@ def paired_difference(
     return bootstrap(a - b, np.mean, confidence, seed, resamples)
 
 
+def paired_ratio(
+    a: Sequence[float], b: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0, resamples: int = 5000
+) -> Interval:
+    """mean(a) / mean(b) over the same prompts in the same order, with its BCa interval; prompts are resampled in pairs."""
+    a, b = _pairs(a, b)
+    if len(a) < 2:
+        raise ValueError(f"an interval over prompts needs at least two, got {len(a)}")
+    return _bca((a, b), lambda a, b, axis=-1: a.mean(axis=axis) / b.mean(axis=axis), confidence, seed, resamples, paired=True)
+
+
 def permutation_pvalue(a: Sequence[float], b: Sequence[float], *, paired: bool, seed: int = 0, resamples: int = 9999) -> float:
     """Two-sided p-value of the difference of means; exact where at most `resamples` permutations exist.
 
@@ -245,16 +255,19 @@ def _control(estimate: Interval, null: np.ndarray) -> Controlled:
     return Controlled(*astuple(estimate), float(null.mean()), float(np.quantile(null, 0.95)), float(pvalue))
 
 
-def _bca(samples: tuple, statistic: Callable, confidence: float, seed: int, resamples: int) -> Interval:
+def _bca(
+    samples: tuple, statistic: Callable, confidence: float, seed: int, resamples: int, paired: bool = False
+) -> Interval:
     """BCa interval of statistic(*samples), or the percentile interval where BCa is undefined."""
     rng = np.random.default_rng(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # how scipy says "undefined"; the limits are checked below
-        result = stats.bootstrap(samples, statistic, n_resamples=resamples, confidence_level=confidence, rng=rng)
+        result = stats.bootstrap(samples, statistic, n_resamples=resamples, confidence_level=confidence, paired=paired, rng=rng)
     limits = np.array(result.confidence_interval)
     if not np.isfinite(limits).all():
         limits = np.quantile(result.bootstrap_distribution, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(statistic(*samples)), float(limits[0]), float(limits[1]), sum(map(len, samples)))
+    n = len(samples[0]) if paired else sum(map(len, samples))
+    return Interval(float(statistic(*samples)), float(limits[0]), float(limits[1]), n)
 
 
 def _finite(values: Sequence[float]) -> np.ndarray:

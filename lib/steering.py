@@ -3,7 +3,7 @@
 With Q [k, d] the orthonormal basis of a direction and h one position of the residual stream:
 
     ablate  h - Q'Q h                remove the component                      (arXiv 2406.11717, eq. 4)
-    add     h + strength * scale * q  move along a single direction            (eq. 3; strength 1 = the mean difference)
+    add     h + strength * scale * q  move along a single direction            (eq. 3; scale = distance of the class means)
     clamp   h - Q'(Q h - to)         set the component; to = the harmless mean is affine ablation (arXiv 2411.09003)
 
 A `Scope` says which tokens and which denoising steps; it is resolved to one mask a step, not one a layer.
@@ -93,7 +93,7 @@ class Intervention:
         basis = self.direction.basis.to(device)
         match self.operation:
             case "add":
-                offset = self.strength * self.direction.scale * basis[0]
+                offset = self.strength * self.direction.scale[layer].item() * basis[0]
                 return (lambda h: (_wide(h) + offset).to(h.dtype)) if self.strength else None
             case "ablate":
                 return lambda h: _replace_component(h, basis, None)
@@ -119,7 +119,10 @@ def add(
     site: SiteName = "resid_pre",
     scope: Scope = Scope(),
 ) -> Intervention:
-    """Add strength x the raw mean difference, at the direction's own layer unless told. Raises ValueError for k > 1."""
+    """Move along the direction, at its own layer unless told: strength 1 is the distance of the class means at that layer.
+
+    Raises ValueError for a direction of k > 1.
+    """
     if direction.k != 1:
         raise ValueError(f"add needs a single direction, this one spans {direction.k} dimensions")
     return Intervention("add", direction, _sites([site]), _layers(direction.layer if layer is None else layer), scope, strength)

@@ -37,7 +37,7 @@ def prompts(b=2, s=7, seed=0):
 
 def direction_for(lm, k=1, layer=1, seed=3):
     vectors = torch.randn(k, lm.d_model, generator=torch.Generator().manual_seed(seed))
-    return Direction(orthonormal(vectors), 2.0, layer, -1, torch.full((lm.n_layers, k), 0.5), lm.fingerprint)
+    return Direction(orthonormal(vectors), torch.full((lm.n_layers,), 2.0), layer, -1, torch.full((lm.n_layers, k), 0.5), lm.fingerprint)
 
 
 def hook_table(lm):
@@ -169,14 +169,10 @@ def test_a_direction_knows_its_model(llama, llama_mdlm, tmp_path):
     d = replace(direction_for(llama), provenance=dict(model="tiny", prompts="abc"))
     d.save(tmp_path / "d.safetensors")
     again = Direction.load(tmp_path / "d.safetensors")
-    assert torch.equal(again.basis, d.basis) and torch.equal(again.reference, d.reference)
-    assert (again.scale, again.layer, again.position, again.fingerprint, again.provenance) == (
-        2.0,
-        1,
-        -1,
-        d.fingerprint,
-        d.provenance,
-    )
+    for name in ("basis", "scale", "reference"):
+        assert torch.equal(getattr(again, name), getattr(d, name))
+    for name in ("layer", "position", "fingerprint", "provenance"):
+        assert getattr(again, name) == getattr(d, name)
     with pytest.raises(DirectionMismatch, match="unbound"):
         sample(llama_mdlm, prompts(), interventions=[ablate(again)], gen_length=2)
     sample(llama_mdlm, prompts(), interventions=[ablate(again.unbound())], gen_length=2)

@@ -1,0 +1,121 @@
+"""What an intervention does: one row a prompt under each condition, then one table with intervals, controls and damage.
+
+A condition is a list of *draws*, each a list of interventions: one draw for a direction that was chosen, several for a random
+control, among which the prompts are dealt out. Every condition is measured on the same prompts and kept in the store of results
+under its own interventions, so that a baseline is made once for all notebooks.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from .evaluation import divergence, first_slots, is_refusal, nats_per_token, refusal_log_odds, repetition
+from .extraction import Candidates, Direction
+from .models import LanguageModel
+from .prompts import Language
+from .results import sweep
+from .sampling import respond
+from .statistics import bootstrap, paired_ratio, random_directions, rate
+from .steering import Intervention
+
+Draws = Sequence[Sequence[Intervention]]
+Prompts = Mapping[Language, Mapping[str, Sequence[str]]]  # language -> side (harmful, harmless) -> prompts
+BASELINE = "baseline"
+GROUP = ["condition", "language", "side"]
+
+
+def compare(
+    lm: LanguageModel, scorer: LanguageModel, conditions: Mapping[str, Draws], prompts: Prompts, seed: int = 0, **decoding
+) -> pd.DataFrame:
+    """Rows of `measure` for every condition, language and side of `prompts`; `scorer` is a causal model that judges fluency."""
+    cells = [dict(language=language, side=side) for language, sides in prompts.items() for side in sides]
+    inputs = dict(lm=lm, scorer=scorer, prompts=prompts, seed=seed, **decoding)
+    tables = [
+        sweep("effect", measure, cells, draws=draws, **inputs).assign(condition=name) for name, draws in conditions.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def measure(
+    language: Language,
+    side: str,
+    lm: LanguageModel,
+    scorer: LanguageModel,
+    draws: Draws,
+    prompts: Prompts,
+    seed: int = 0,
+    **decoding,
+) -> list[dict]:
+    """One row a prompt, in order: refused (bool), log_odds (one-forward refusal score), nats a token under `scorer`, repetition,
+    divergence from the unsteered model (nats, first slots), empty (bool) and the response's text.
+
+    The text of a response to a harmful request is not kept: an unrefused one has no place in a results table.
+    """
+    instructions = prompts[language][side]
+    rows = {}
+    for draw, interventions in enumerate(draws):
+        mine = range(draw, len(instructions), len(draws))
+        asked = [instructions[i] for i in mine]
+        texts = respond(lm, asked, interventions, seed, **decoding)
+        steered = first_slots(lm, asked, interventions)
+        columns = dict(
+            prompt=mine,
+            draw=[draw] * len(asked),
+            refused=map(is_refusal, texts),
+            log_odds=refusal_log_odds(lm, steered).tolist(),
+            nats=nats_per_token(scorer, asked, texts),
+            repetition=[repetition(lm, text) for text in texts],
+            divergence=divergence(first_slots(lm, asked), steered).tolist(),
+            empty=[not text for text in texts],
+            text=texts if side == "harmless" else [None] * len(asked),
+        )
+        rows |= zip(mine, (dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)))
+    return [rows[i] for i in sorted(rows)]
+
+
+def summary(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """One row for each condition, language and side: estimates, each with _lo and _hi (95 %, over prompts), and n.
+
+    refused is a rate with its Wilson interval; divergence and nats are means over prompts. nats_ratio compares the condition
+    with the baseline on the n_answered prompts that neither refuses: refusals are fluent, so a change in their number would
+    pass for a change in fluency. It is missing where fewer than 5 prompts are left.
+    """
+    table = []
+    for key, group in rows.groupby(GROUP, sort=False):
+        row = dict(zip(GROUP, key)) | dict(n=len(group), draws=int(group.draw.max()) + 1)
+        row |= _with_limits("refused", rate(group.refused))
+        row |= _with_limits("divergence", bootstrap(group.divergence, seed=seed))
+        told = group.nats.dropna()
+        row |= _with_limits("nats", bootstrap(told, seed=seed) if len(told) > 1 else None)
+        row |= dict(repetition=group.repetition.mean(), empty=group["empty"].mean())
+        base = rows[(rows.condition == BASELINE) & (rows.language == row["language"]) & (rows.side == row["side"])]
+        both = group.merge(base, on="prompt", suffixes=("", "_base"))
+        both = both[~both.refused & ~both.refused_base & both.nats.notna() & both.nats_base.notna()]
+        row["n_answered"] = len(both)
+        row |= _with_limits("nats_ratio", paired_ratio(both.nats, both.nats_base, seed=seed) if len(both) >= 5 else None)
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def controls(candidates: Candidates, like: Direction, n: int, seed: int) -> list[Direction]:
+    """`n` random directions with the scales and the harmless means of `like`'s cell: norm-matched controls for its effect."""
+    vectors = random_directions(n, like.basis.shape[1], 1.0, seed)
+    return [candidates.direction(like.layer, like.position, vector[None]) for vector in vectors]
+
+
+def tell(table: pd.DataFrame) -> str:
+    """A line for each row of `summary`, for people."""
+    lines = []
+    for row in table.itertuples():
+        line = f"{row.condition:14s} {row.language} {row.side:8s}  refused {row.refused:.3f} [{row.refused_lo:.3f}, {row.refused_hi:.3f}]"
+        line += f" (n = {row.n}), divergence {row.divergence:.2f}, {row.nats:.2f} nats a token"
+        if pd.notna(row.nats_ratio):
+            line += f", x{row.nats_ratio:.2f} [{row.nats_ratio_lo:.2f}, {row.nats_ratio_hi:.2f}] of the baseline's (n = {row.n_answered})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _with_limits(name: str, interval) -> dict:
+    if interval is None:
+        return {name: None, f"{name}_lo": None, f"{name}_hi": None}
+    return {name: interval.value, f"{name}_lo": interval.lo, f"{name}_hi": interval.hi}
