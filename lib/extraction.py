@@ -111,6 +111,12 @@ class Candidates:
         """Raw mean differences [p, l, d]."""
         return self.harmful_mean - self.harmless_mean
 
+    @property
+    def cells(self) -> list[tuple[int, int]]:
+        """(layer, position) of every cell whose two means differ: the others, such as the first token's, have no direction."""
+        exists = self.difference.norm(dim=-1) > 1e-6 * self.harmless_mean.norm(dim=-1)
+        return [(layer, position) for position, row in zip(self.positions, exists) for layer, there in enumerate(row) if there]
+
     def direction(self, layer: int, position: int, vectors: Tensor | None = None) -> Direction:
         """The unit mean difference of one cell; or the span of `vectors` [k, d] with this cell's scales and harmless means.
 
@@ -120,7 +126,7 @@ class Candidates:
             raise ValueError(f"no candidate at layer {layer}, position {position}; positions: {self.positions}")
         p = self.positions.index(position)
         raw = self.difference[p, layer]
-        if raw.norm().item() <= 1e-6 * self.harmless_mean[p, layer].norm().item():
+        if (layer, position) not in self.cells:
             raise ValueError(f"harmful and harmless means are equal at layer {layer}, position {position}: no direction there")
         basis = orthonormal(raw[None] if vectors is None else vectors)
         return Direction(

@@ -27,6 +27,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from .files import atomic, git_state
@@ -122,6 +123,8 @@ def points_with_intervals(
     if words is not None:
         ax.set_xticks(range(len(words)), words)
         ax.set_xlim(-0.5, len(words) - 0.5)
+    elif pd.api.types.is_integer_dtype(table[x]):
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # there is no layer 2.5
     ax.set(xlabel=x, ylabel=y)
 
 
@@ -132,6 +135,12 @@ def _styles(levels: list) -> list[tuple[str, str]]:
     if len(levels) > len(OTHER_COLOURS):
         raise ValueError(f"{len(levels)} levels of one hue cannot be told apart; draw at most {len(OTHER_COLOURS)}")
     return list(zip(OTHER_COLOURS, "osD^vPX", strict=True))[: len(levels)]
+
+
+def slant(ax: Axes) -> None:
+    """Turn long words on the x axis so that each ends below its tick."""
+    for label in ax.get_xticklabels():
+        label.set(rotation=40, ha="right", rotation_mode="anchor")
 
 
 def legend(fig: Figure) -> Legend:

@@ -83,21 +83,24 @@ def select(
     positions: Sequence[int] | None = None,
     stride: int = 3,
     n_coarse: int = 12,
-    n_refined: int = 6,
+    n_refined: int = 2,
     max_divergence: float = 0.3,
     min_auroc: float = 0.8,
     min_induce: float | None = None,
 ) -> Selection:
     """Score the candidates of every `stride`-th layer on `n_coarse` prompts a class, then the neighbourhood of the best on all.
 
-    Prompts must be other ones than those behind `candidates`. The `n_refined` best coarse cells that keep to the bounds, or come
-    closest, are scored again with their neighbours (less than `stride` layers away), and only refined cells can be kept:
-    divergence <= max_divergence (nats), auroc >= min_auroc, and induce >= min_induce where it is given. Scores are kept in the
-    store of results, so a selection that is killed goes on, and one that was made before is read.
-    Raises NothingSelected when no cell is kept.
+    Prompts must be other ones than those behind `candidates`. The `n_refined` best coarse cells of each operation, by refusal score
+    plus excess over the bounds, are scored again with their neighbours (less than `stride` layers away), and only refined cells
+    can be kept: divergence <= max_divergence (nats), auroc >= min_auroc, and induce >= min_induce where it is given. Scores are
+    kept in the store of results, so a selection that is killed goes on, and one that was made before is read.
+    Raises NothingSelected when no cell is kept, ValueError for positions that the template does not have.
     """
+    positions = candidates.positions if positions is None else positions
+    if unknown := set(positions) - set(candidates.positions):
+        raise ValueError(f"positions {sorted(unknown)} are not in the template; use some of {candidates.positions}")
     areas = discrimination(lm, candidates, harmful, harmless)
-    useful = areas[(areas.auroc >= min_auroc) & areas.position.isin(candidates.positions if positions is None else positions)]
+    useful = areas[(areas.auroc >= min_auroc) & areas.position.isin(positions)]
     if useful.empty:
         raise NothingSelected(f"no cell tells harmful from harmless prompts: best auroc {areas.auroc.max():.2f} < {min_auroc}")
 
@@ -110,11 +113,14 @@ def select(
         return removed.merge(induced, on=CELL).merge(areas, on=CELL)
 
     grid = useful.merge(pd.DataFrame(dict(operation=list(OPERATIONS))), how="cross")
-    coarse = scored(grid[grid.layer % stride == stride - 1], n_coarse)
+    thinned = grid[grid.layer % stride == stride - 1]
+    coarse = scored(grid if thinned.empty else thinned, n_coarse)
     beyond = (coarse.divergence - max_divergence).clip(lower=0)
     if min_induce is not None:
         beyond += (min_induce - coarse.induce).clip(lower=0)
-    best = coarse.assign(merit=coarse.bypass_p + beyond).nsmallest(n_refined, "merit")
+    best = (
+        coarse.assign(merit=coarse.bypass_p + beyond).sort_values("merit", kind="stable").groupby("operation").head(n_refined)
+    )
     near = grid.merge(best[[*CELL, "operation"]], on=["position", "operation"], suffixes=("", "_best"))
     near = near[(near.layer - near.layer_best).abs() < stride].drop_duplicates([*CELL, "operation"])
     refined = scored(near, len(harmful))
@@ -138,9 +144,12 @@ def discrimination(lm: LanguageModel, candidates: Candidates, harmful: Sequence[
     labels = [1] * len(harmful) + [0] * len(harmless)
     projections = torch.einsum("npld,pld->npl", x, candidates.difference.float())
     return pd.DataFrame(
-        dict(layer=layer, position=position, auroc=roc_auc_score(labels, projections[:, p, layer]))
-        for p, position in enumerate(candidates.positions)
-        for layer in range(projections.shape[2])
+        dict(
+            layer=layer,
+            position=position,
+            auroc=roc_auc_score(labels, projections[:, candidates.positions.index(position), layer]),
+        )
+        for layer, position in candidates.cells
     )
 
 

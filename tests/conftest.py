@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib.models import load
+from lib.models import LLAMA, load
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -43,3 +44,26 @@ def llama(tmp_path_factory):
 @pytest.fixture(scope="session")
 def llama_mdlm(tmp_path_factory):
     return load(tiny_llama(tmp_path_factory.mktemp("mdlm"), is_causal=False, mask_token_id=95))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, for the tiny Llamas: their special ids, and the template of the shipped models."""
+    characters = "\n !'.,?-;:abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789抱歉对不起能无法我"
+    vocabulary = {"<unk>": 0, "<|im_start|>": 1, "<|im_end|>": 2} | {c: i for i, c in enumerate(characters, start=3)} | {"<|mask|>": 95}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>", "<|mask|>")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=LLAMA.template, clean_up_tokenization_spaces=False)
+
+
+@pytest.fixture(scope="session")
+def chatty(llama):
+    """The tiny causal model with a tokenizer."""
+    return replace(llama, tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def chatty_mdlm(llama_mdlm):
+    """The tiny masked diffusion model with a tokenizer."""
+    return replace(llama_mdlm, tokenizer=tiny_tokenizer())
