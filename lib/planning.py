@@ -88,7 +88,7 @@ def plan(
     known("parameter", given, {name for study in selected for name in studies[study].declared})
     figures, results, notebooks = places(root, profile, out)
     lock = sha256(root / LOCK) if (root / LOCK).exists() else None
-    prompts = _files(root, root / "data" / "prompts")
+    prompts = _files(root, root / "data" / "prompts", ".jsonl")
     runs = []
     for name in dict.fromkeys(models):
         model, slug, weights = resolve_model(root, name)
@@ -139,7 +139,7 @@ def resolve_model(root: Path, name: str) -> tuple[str, str, str]:
     """
     shipped = {path.parent.name: path.parent for path in root.glob("data/models/*/config.json")}
     if name in shipped:
-        return name, name, digest(_files(root, shipped[name]))
+        return name, name, digest(_files(root, shipped[name], ".json", ".safetensors"))
     folder = Path(name).resolve()
     if folder.is_dir():
         stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -154,9 +154,9 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip(".")
 
 
-def _files(root: Path, folder: Path) -> dict[str, str]:
-    """Content identity of every file below `folder`, by path in the repository."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+def _files(root: Path, folder: Path, *suffixes: str) -> dict[str, str]:
+    """Content identity of the files below `folder` with one of the suffixes, by path in the repository; notes do not count."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in suffixes and not path.name.startswith("."))
     return {path.relative_to(root).as_posix(): sha256(path) for path in files}
 
 

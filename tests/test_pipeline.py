@@ -185,6 +185,8 @@ def test_a_changed_file_is_a_reason(copy, file, reason):
 
 def test_what_does_not_matter_is_no_reason(copy):
     (copy / "lib/unrelated.py").write_text("V = 2\n")
+    (copy / "data/models/smol-mdlm/README.md").write_text("A card.")
+    (copy / "data/prompts/README.md").write_text("A note.")
     (copy / "lib/hooking.py").write_text('"""Explained."""\n\nV = 1  # one\n')
     path = copy / "notebooks/good.ipynb"
     notebook = nbformat.read(path, as_version=4)
