@@ -5,7 +5,9 @@ Harm is never judged, and no harmful answer is kept: what is measured is the los
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from weakref import WeakKeyDictionary
 
 import torch
 from sklearn.feature_extraction.text import CountVectorizer
@@ -13,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from torch import Tensor
 
+from .hooking import enter, resume
 from .models import LanguageModel
 from .prompts import Contrast, batches, encode, regions
 from .steering import Intervention, StepState, steering
@@ -59,20 +62,55 @@ def first_slots(
 ) -> Tensor:
     """Log-probabilities [n, slots, vocab] (float32) of the first response slots after ONE forward pass, as at denoising step 0.
 
-    Masked models: the first SCORED_SLOTS of CANVAS masked slots. Autoregressive models: the first response token alone.
+    Masked models: the first SCORED_SLOTS of CANVAS masked slots. Autoregressive models: the first response token alone. Blocks
+    before the first one that an intervention touches are run once for all calls with the same prompts in a row.
     """
-    n_canvas, n_slots = (1, 1) if lm.causal else (CANVAS, SCORED_SLOTS)
+    n_slots = 1 if lm.causal else SCORED_SLOTS
+    layer = min((i.first_layer for i in interventions), default=0)
     scored: dict[int, Tensor] = {}
-    with torch.inference_mode(), steering(lm, interventions) as at:
-        for rows in batches(lm, instructions, batch_size):
-            ids, attention_mask = encode(lm, [instructions[i] for i in rows], n_canvas)
-            first = ids.shape[1] - n_canvas
-            at(StepState(regions(lm, ids, attention_mask, first), ids == lm.mask_id if lm.mask_id is not None else ids < 0))
-            logits = lm.head(lm.hidden(ids, attention_mask)[:, first : first + n_slots]).float()
-            if lm.mask_id is not None:
-                logits[..., lm.mask_id] = -torch.inf
-            scored |= zip(rows, logits.log_softmax(-1), strict=True)
+    with torch.inference_mode():
+        entries = _entries(lm, tuple(instructions), layer, batch_size)
+        with steering(lm, interventions) as at:
+            for rows, first, state, entry in entries:
+                at(state)
+                logits = lm.head(resume(lm, entry)[:, first : first + n_slots]).float()
+                if lm.mask_id is not None:
+                    logits[..., lm.mask_id] = -torch.inf
+                scored |= zip(rows, logits.log_softmax(-1), strict=True)
     return torch.stack([scored[i] for i in range(len(instructions))])
+
+
+def remembered(size: int) -> Callable[[Callable], Callable]:
+    """Like functools.lru_cache for functions of a model and hashable values, but a model's results go when the model does."""
+
+    def decorate(function: Callable) -> Callable:
+        results: WeakKeyDictionary[LanguageModel, dict] = WeakKeyDictionary()
+
+        @wraps(function)
+        def remembering(lm: LanguageModel, *values):
+            mine = results.setdefault(lm, {})
+            mine[values] = mine.pop(values) if values in mine else function(lm, *values)
+            if len(mine) > size:
+                del mine[next(iter(mine))]
+            return mine[values]
+
+        return remembering
+
+    return decorate
+
+
+@remembered(4)
+def _entries(lm: LanguageModel, instructions: tuple[str, ...], layer: int, batch_size: int) -> list[tuple]:
+    """(rows, first response slot, state, entry) of each batch; unsteered, so to be called outside `steering`."""
+    n_canvas = 1 if lm.causal else CANVAS
+    batched = []
+    for rows in batches(lm, instructions, batch_size):
+        ids, attention_mask = encode(lm, [instructions[i] for i in rows], n_canvas)
+        first = ids.shape[1] - n_canvas
+        masked = ids == lm.mask_id if lm.mask_id is not None else torch.zeros_like(ids, dtype=torch.bool)
+        state = StepState(regions(lm, ids, attention_mask, first), masked)
+        batched.append((rows, first, state, enter(lm, ids, layer, attention_mask)))
+    return batched
 
 
 def refusal_tokens(lm: LanguageModel) -> list[int]:

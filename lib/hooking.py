@@ -70,6 +70,41 @@ def capture(lm: LanguageModel, ids: Tensor, sites: Sequence[Site], attention_mas
     return states
 
 
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """The call of one block in a forward pass: what `resume` needs to run the blocks from there on again and again."""
+
+    layer: int
+    h: Tensor  # [b, s, d], resid_pre of the block
+    arguments: dict  # masks and rotary tables, as the model made them
+
+
+def enter(lm: LanguageModel, ids: Tensor, layer: int, attention_mask: Tensor | None = None) -> Entry:
+    """Run the blocks before `layer`. Edits at `layer` and later, attached around `resume`, need no more than that."""
+    calls: list[Entry] = []
+
+    def stop(module, args, arguments):
+        calls.append(Entry(layer, args[0], arguments))
+        raise _AllCaptured
+
+    handle = lm.model.model.layers[layer].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        with suppress(_AllCaptured):
+            lm.trunk(ids, attention_mask)
+    finally:
+        handle.remove()
+    return calls[0]
+
+
+def resume(lm: LanguageModel, entry: Entry) -> Tensor:
+    """Final normed hidden states [b, s, d] of the pass that `entry` belongs to, aligned as in `LanguageModel.hidden`."""
+    h = entry.h
+    with torch.no_grad():
+        for block in lm.model.model.layers[entry.layer :]:
+            h = block(h, **entry.arguments)
+        return lm.align(lm.model.model.norm(h))
+
+
 class _AllCaptured(Exception):
     """Ends a forward pass that has given all it was asked for."""
 

@@ -338,8 +338,8 @@ def load(name: str | Path, device: str | torch.device | None = None, dtype: torc
         stored = config.get("dtype") or config.get("torch_dtype") or "float32"
         dtype = torch.float32 if device.type == "cpu" else getattr(torch, stored)
     model = _build(family, config, tensors, device, dtype)
-    if tokenizer is not None and tokenizer.chat_template is None and "base" not in name.lower():
-        tokenizer.chat_template = family.template
+    if tokenizer is not None and tokenizer.chat_template is None and "base" not in Path(name).name.lower():
+        tokenizer.chat_template = family.template  # a base model completes text: its prompts have no template
     eos = config.get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) else eos
     pad = config.get("pad_token_id")

@@ -12,14 +12,13 @@ attention sink that is ablated takes refusals to zero, and the model with it).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import pandas as pd
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from .evaluation import divergence, first_slots, is_refusal, refusal_log_odds
+from .evaluation import divergence, first_slots, is_refusal, refusal_log_odds, remembered
 from .extraction import Candidates, Direction, activations
 from .models import LanguageModel
 from .results import sweep
@@ -81,8 +80,8 @@ def select(
     harmful: Sequence[str],
     harmless: Sequence[str],
     positions: Sequence[int] | None = None,
-    stride: int = 3,
-    n_coarse: int = 12,
+    stride: int = 4,
+    n_coarse: int = 8,
     n_refined: int = 2,
     max_divergence: float = 0.3,
     min_auroc: float = 0.8,
@@ -105,6 +104,7 @@ def select(
         raise NothingSelected(f"no cell tells harmful from harmless prompts: best auroc {areas.auroc.max():.2f} < {min_auroc}")
 
     def scored(cells: pd.DataFrame, n: int) -> pd.DataFrame:
+        cells = cells.sort_values("layer", kind="stable")  # scores of one layer in a row share the blocks before it
         prompts = dict(harmful=_thinned(harmful, n), harmless=_thinned(harmless, n))
         grid = [dict(layer=int(c.layer), position=int(c.position)) for c in cells.drop_duplicates(CELL).itertuples()]
         induced = sweep("induce", score_addition, grid, lm=lm, candidates=candidates, harmless=prompts["harmless"])
@@ -223,6 +223,6 @@ def _thinned(prompts: Sequence[str], n: int) -> tuple[str, ...]:
     return tuple(prompts[i * len(prompts) // n] for i in range(n))
 
 
-@lru_cache(maxsize=2)
+@remembered(2)
 def _unsteered(lm: LanguageModel, harmless: tuple[str, ...]) -> Tensor:
     return first_slots(lm, harmless)

@@ -88,6 +88,11 @@ class Intervention:
     strength: float = 1.0
     to: Tensor | None = None  # clamp: [k], or [n_layers, k]
 
+    @property
+    def first_layer(self) -> int:
+        """The first layer that it touches."""
+        return min(self.layers, default=0) if self.layers is not None else 0
+
     def edit(self, layer: int, device: torch.device) -> Edit | None:
         """The change of h [b, s, d] at `layer`, computed in float32 or wider; None where it is the identity."""
         basis = self.direction.basis.to(device)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lib.extraction import Candidates, Direction, DirectionMismatch, orthonormal, principal_components
-from lib.hooking import SITES, Site, capture, intervene
+from lib.hooking import SITES, Site, capture, enter, intervene, resume
 from lib.models import CheckpointError, load
 from lib.sampling import Decoding, DecodingError, sample, transfer_counts
 from lib.steering import Scope, StepState, ablate, add, clamp, steering
@@ -80,6 +80,21 @@ def test_hooks_leave_no_trace(lm):
     with pytest.raises(ZeroDivisionError), intervene(lm, edits), intervene(lm, edits):
         capture(lm, prompts(), [Site(1)])
         raise ZeroDivisionError
+    assert hook_table(lm) == before
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_pass_taken_up_at_a_layer_is_the_whole_pass(lm, layer):
+    ids = prompts()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    vector, before = torch.linspace(-1, 1, lm.d_model), hook_table(lm)
+    edits = [(Site(2, "resid_pre"), lambda h: h + vector), (Site(2, "mlp_out"), lambda h: h * 2)]
+    entry = enter(lm, ids, layer, mask)
+    for _ in range(2):
+        assert torch.equal(resume(lm, entry), lm.hidden(ids, mask))
+        with intervene(lm, edits):
+            assert torch.equal(resume(lm, entry), lm.hidden(ids, mask))
     assert hook_table(lm) == before
 
 

@@ -1,6 +1,8 @@
 """Scores on known values, and what an intervention does: on tiny random models and on tables written by hand."""
 
+import gc
 import math
+import weakref
 
 import pandas as pd
 import pytest
@@ -14,6 +16,7 @@ from lib.evaluation import (
     nats_per_token,
     refusal_log_odds,
     refusal_tokens,
+    remembered,
     repetition,
     word_count_scores,
 )
@@ -42,6 +45,32 @@ def test_the_slots_are_those_behind_the_prompt(chatty_mdlm, chatty):
             if lm.mask_id is not None:
                 logits[:, lm.mask_id] = -torch.inf
             torch.testing.assert_close(row, logits.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_blocks_before_an_intervention_are_run_once(chatty_mdlm):
+    direction = mean_difference(chatty_mdlm, HARMFUL, HARMLESS).direction(2, -1)
+    steer = [ablate(direction, ("resid_pre",), 2)]
+    early = [ablate(direction, ("resid_pre",), 2), add(direction, 0.0, layer=0)]  # the same change, but from layer 0 on
+    runs = []
+    hook = chatty_mdlm.model.model.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    late = [first_slots(chatty_mdlm, HARMFUL, steer) for _ in range(3)]
+    hook.remove()
+    assert len(runs) == 1 and torch.equal(late[0], late[2])
+    assert torch.equal(late[0], first_slots(chatty_mdlm, HARMFUL, early))
+
+
+def test_remembered_results_go_with_their_model():
+    class Model:
+        pass
+
+    calls = []
+    square = remembered(2)(lambda model, x: calls.append(x) or x * x)
+    model = Model()
+    assert [square(model, x) for x in (2, 2, 3, 2, 4, 3)] == [4, 4, 9, 4, 16, 9] and calls == [2, 3, 4, 3]
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_divergence_is_the_mean_kl_of_the_slots():
