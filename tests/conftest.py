@@ -16,12 +16,12 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="session")
 def llada():
-    return replace(load(GOLDEN / "llada"), eot_id=505)
+    return replace(load(GOLDEN / "llada", device="cpu"), eot_id=505)
 
 
 @pytest.fixture(scope="session")
 def dream():
-    return load(GOLDEN / "dream")
+    return load(GOLDEN / "dream", device="cpu")
 
 
 def tiny_llama(folder: Path, **extra) -> Path:
@@ -38,12 +38,12 @@ def tiny_llama(folder: Path, **extra) -> Path:
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
-    return load(tiny_llama(tmp_path_factory.mktemp("llama")))
+    return load(tiny_llama(tmp_path_factory.mktemp("llama")), device="cpu")
 
 
 @pytest.fixture(scope="session")
 def llama_mdlm(tmp_path_factory):
-    return load(tiny_llama(tmp_path_factory.mktemp("mdlm"), is_causal=False, mask_token_id=95))
+    return load(tiny_llama(tmp_path_factory.mktemp("mdlm"), is_causal=False, mask_token_id=95), device="cpu")
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

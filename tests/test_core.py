@@ -160,7 +160,7 @@ def test_guidance_steers_both_halves(llada):
 
 def test_baked_weights_equal_hooks(llama_mdlm, tmp_path):
     llama_mdlm.save(tmp_path)
-    hooked, baked = load(tmp_path, dtype=torch.float64), load(tmp_path, dtype=torch.float64)
+    hooked, baked = (load(tmp_path, device="cpu", dtype=torch.float64) for _ in range(2))
     d = direction_for(hooked)
     q = d.basis.double()[0]
     q = q / q.norm()
@@ -321,7 +321,7 @@ def test_only_the_causal_model_cannot_see_ahead(lm):
 
 def test_saved_and_loaded_bit_for_bit(llama_mdlm, tmp_path):
     llama_mdlm.save(tmp_path)
-    again = load(tmp_path)
+    again = load(tmp_path, device="cpu")
     assert again.family.name == "llama-mdlm" and again.mask_id == 95
     assert torch.equal(again.logits(prompts()), llama_mdlm.logits(prompts()))
 
@@ -349,7 +349,7 @@ WTE = "model.transformer.wte.weight"
 )
 def test_damaged_checkpoints_are_named(tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message):
-        load(broken(tmp_path, change))
+        load(broken(tmp_path, change), device="cpu")
 
 
 def test_shards_and_a_shard_that_is_gone(llada, tmp_path):
@@ -362,20 +362,20 @@ def test_shards_and_a_shard_that_is_gone(llada, tmp_path):
         save_file({key: weights[key] for key in part}, folder / name)
     index = {"weight_map": {key: name for name, part in parts.items() for key in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert torch.equal(load(folder).logits(prompts()), llada.logits(prompts()))
+    assert torch.equal(load(folder, device="cpu").logits(prompts()), llada.logits(prompts()))
     (folder / "b.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"lacks the shards b\.safetensors"):
-        load(folder)
+        load(folder, device="cpu")
 
 
 def test_a_tied_llada(tmp_path):
     folder = broken(tmp_path, lambda w: w.pop("model.transformer.ff_out.weight"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"weight_tying": True}))
-    tied = load(folder)
+    tied = load(folder, device="cpu")
     assert tied.model.lm_head.weight is tied.model.model.embed_tokens.weight
 
 
 def test_unknown_names_get_the_nearest():
     with pytest.raises(CheckpointError, match="Did you mean smol-mdlm"):
-        load("smol-mdml")
+        load("smol-mdml", device="cpu")
