@@ -196,12 +196,12 @@ def _wide(h: Tensor) -> Tensor:
 
 
 def _replace_component(h: Tensor, basis: Tensor, to: Tensor | None) -> Tensor:
-    wide = _wide(h)
+    wide = _wide(h).flatten(0, -2)
     basis = basis.to(wide.dtype)
     coordinates = wide @ basis.T
     if to is not None:
         coordinates = coordinates - to
-    return (wide - coordinates @ basis).to(h.dtype)
+    return torch.addmm(wide, coordinates, basis, alpha=-1).to(h.dtype).view_as(h)  # one pass over h: memory is what it costs
 
 
 def _sites(sites: Sequence[SiteName]) -> tuple[SiteName, ...]:

@@ -60,20 +60,19 @@ def ablated_dimensions(
     candidates: Candidates,
     direction: Direction,
     operation: str,
-    prompts: Sequence[str],
+    x: Tensor,
     harmful: Sequence[str],
     harmless: Sequence[str],
     seed: int = 0,
 ) -> dict:
     """Scores (selection.removal_scores) of removing k dimensions at a direction's cell: is the mean difference enough?
 
-    "difference first" removes it and the k - 1 principal components, over `prompts`, of what it leaves; "without the difference"
-    removes k of those components alone; "random" removes k random dimensions, the control.
+    x: activations [n, d] of that cell. "difference first" removes the mean difference and the k - 1 principal components of what
+    it leaves of x; "without the difference" removes k of those components alone; "random" k random dimensions, the control.
     """
-    cell = activations(lm, prompts)[:, candidates.positions.index(direction.position), direction.layer].double()
     axis = direction.basis[0].double()
-    components, _ = principal_components(cell - (cell @ axis)[:, None] * axis)
-    vectors: Tensor = {
+    components, _ = principal_components(x.double() - (x.double() @ axis)[:, None] * axis)
+    vectors = {
         "difference first": torch.cat([direction.basis, components[: k - 1]]),
         "without the difference": components[:k],
         "random": random_directions(k, lm.d_model, 1.0, seed),
