@@ -106,9 +106,8 @@ def test_an_unknown_operation_names_the_known(candidates):
 
 def test_removing_more_dimensions_contains_removing_fewer(chatty_mdlm, candidates):
     direction = candidates.direction(2, -1)
-    inputs = dict(
-        lm=chatty_mdlm, candidates=candidates, direction=direction, operation="ablate everywhere", prompts=HARMFUL + HARMLESS
-    )
+    x = activations(chatty_mdlm, HARMFUL + HARMLESS)[:, -1, 2]
+    inputs = dict(lm=chatty_mdlm, candidates=candidates, direction=direction, operation="ablate everywhere", x=x)
     one = subspace.ablated_dimensions(1, "difference first", harmful=HARMFUL, harmless=HARMLESS, **inputs)
     alone = selection.removal_scores(chatty_mdlm, operate(direction, "ablate everywhere"), HARMFUL, HARMLESS)
     assert one == pytest.approx(alone, abs=1e-5)
