@@ -57,7 +57,8 @@ def measure(
         mine = range(draw, len(instructions), len(draws))
         asked = [instructions[i] for i in mine]
         texts = respond(lm, asked, interventions, seed, **decoding)
-        steered = first_slots(lm, asked, interventions)
+        plain = first_slots(lm, asked)
+        steered = first_slots(lm, asked, interventions) if interventions else plain
         columns = dict(
             prompt=mine,
             draw=[draw] * len(asked),
@@ -65,7 +66,7 @@ def measure(
             log_odds=refusal_log_odds(lm, steered).tolist(),
             nats=nats_per_token(scorer, asked, texts),
             repetition=[repetition(lm, text) for text in texts],
-            divergence=divergence(first_slots(lm, asked), steered).tolist(),
+            divergence=divergence(plain, steered).tolist(),
             empty=[not text for text in texts],
             text=texts if side == "harmless" else [None] * len(asked),
         )

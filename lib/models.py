@@ -129,7 +129,7 @@ class LanguageModel:
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] of hidden states [..., d]."""
         with torch.no_grad():
-            return self.model.lm_head(hidden)
+            return self.model.lm_head(hidden.contiguous())  # a slice would be multiplied as a batch, several times slower
 
     def logits(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [b, s, vocab] of token ids [b, s]; `logits[:, i]` scores position i in every family."""
