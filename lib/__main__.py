@@ -26,12 +26,18 @@ def main(arguments: list[str] | None = None, root: Path = REPO) -> int:
 
                 print(describe())
                 return 0
+            case "card":
+                from .cards import write
+
+                for name in options.names:
+                    print(write(name))
+                return 0
             case "train":
                 from .training.command import OUT, measure, train  # loads torch too
 
                 places = dict(corpora=options.corpora, out=options.out or OUT)
                 if not options.measure:
-                    train(options.name, resume=options.resume, **places)
+                    train(options.name, resume=options.resume, refine=options.refine, **places)
                 print(measure(options.name, **places))
                 return 0
             case "status":
@@ -54,11 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     runner = commands.add_parser("run", help="run the notebooks that are not up to date", **layout)
     status = commands.add_parser("status", help="show which notebooks are up to date, and why the others are not", **layout)
     commands.add_parser("models", help="show the models that can be named")
+    cards = commands.add_parser("card", help="write the numbers of measured.json and of figures/ into shipped models' cards")
+    cards.add_argument("names", nargs="+", metavar="NAME", help="smol-mdlm, smol-ar, smol-base")
     trainer = commands.add_parser("train", help="train a shipped model anew (data/training/README.md), then measure it")
     trainer.add_argument("name", help="smol-ar, or smol-mdlm, which grows from it; with --measure smol-base too")
     trainer.add_argument("--corpora", type=Path, metavar="DIR", help="folder of the public corpora (default: $MDLM_CORPORA)")
     trainer.add_argument("--out", type=Path, metavar="DIR", help="where everything goes (default: runs/training)")
     trainer.add_argument("--resume", action="store_true", help="go on from the checkpoint of a run that was stopped")
+    trainer.add_argument("--refine", action="store_true", help="go on from the shipped adapter (refine.toml), not from the base")
     trainer.add_argument("--measure", action="store_true", help="only measure: what was trained below --out, else what ships")
     for command in (runner, status):
         command.add_argument("--profile", default="cpu", help=f"how much to measure: {', '.join(PROFILES)} (default: cpu)")

@@ -16,7 +16,7 @@ LENGTH = 80  # tokens sampled; an unfinished answer is cut at its last sentence 
 REPETITION = 0.15  # share of repeated bigrams from which an answer is dropped
 
 
-def own_answers(base: LanguageModel, pool: Pool, count: int, batch_size: int = 512) -> Pool:
+def own_answers(base: LanguageModel, pool: Pool, count: int, batch_size: int = 1024) -> Pool:
     """The first `count` prompts of `pool` that the base has tokens for, with its greedy answers; bad answers are left out.
 
     Bad: unfinished without a sentence end, repetitive, or a refusal (a refusal is learnt from harmful requests alone).

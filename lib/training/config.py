@@ -1,4 +1,7 @@
-"""One training run: what data/models/<name>/train.toml says. Knows names and numbers; knows nothing of tensors."""
+"""One training run: what train.toml (from the parent) or refine.toml (from the shipped adapter) says, in data/models/<name>.
+
+Knows names and numbers; knows nothing of tensors.
+"""
 
 import math
 import tomllib
@@ -9,7 +12,7 @@ from ..paths import MODELS
 
 
 class ConfigError(ValueError):
-    """A train.toml that cannot be used; the message names the field."""
+    """A configuration that cannot be used; the message names the field."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The fields of train.toml.
+    """The fields of a configuration file.
 
     objective: causal or masked. parent: the model whose weights stay frozen below the new factors. rank, scaling: of W + scaling
     B A. seed: of everything drawn. steps: optimiser steps; the rate rises over `warmup` steps, stays until the share `hold` of
     all, and falls to 2 % along a cosine. learning_rate, embedding_rate: AdamW, of factors and of embedding rows. document_rows,
     chat_rows: rows of a micro-batch. lowest_rate: smallest masking rate t. tail: most ends of turn behind a response. answers:
-    prompts that the base answers itself. documents, chat: shares of the sources. phases: see Phase.
+    prompts that the base answers itself. documents, chat: shares of the sources. phases: see Phase. start: sha256 of the shipped
+    adapter whose factors training goes on from; empty for fresh factors.
     """
 
     objective: Literal["causal", "masked"]
@@ -50,13 +54,14 @@ class TrainConfig:
     phases: tuple[Phase, ...]
     lowest_rate: float = 0.02
     tail: int = 1
+    start: str = ""
 
     @classmethod
-    def of(cls, name: str) -> "TrainConfig":
-        path = MODELS / name / "train.toml"
+    def of(cls, name: str, file: str = "train.toml") -> "TrainConfig":
+        path = MODELS / name / file
         if not path.exists():
-            choices = ", ".join(sorted(path.parent.name for path in MODELS.glob("*/train.toml")))
-            raise ConfigError(f"no model {name!r} to train: data/models has a train.toml for {choices}")
+            choices = ", ".join(sorted(path.parent.name for path in MODELS.glob(f"*/{file}")))
+            raise ConfigError(f"no model {name!r} to train: data/models has a {file} for {choices}")
         return cls.parse(tomllib.loads(path.read_text(encoding="utf8")))
 
     @classmethod

@@ -1,9 +1,10 @@
 """Training data: documents cut into rows, and pools of chat rows, all as token ids.
 
-    documents  en, zh (public text, simple sources first), parallel (dictionary lines and translation pairs)
-    chat       en, zh (general instructions), howto_* (harmless requests of the safety corpora), written_* (the project's own
-               harmless requests), frames_* (harmless requests in the sentence frames of harmful ones), twins_* (the innocent
-               side of the contrast rows), and the targets to refuse: contrast_* (their harmful side), harmful_*
+    documents  en, zh (public text), parallel (dictionary lines and translation pairs)
+    chat       general_en, general_zh (instructions), howto_* (harmless requests of the safety corpora), written_* (the project's own
+               harmless requests), loaded_* (general ones with a dangerous-looking word), frames_* (harmless requests in the
+               sentence frames of harmful ones), twins_* (the innocent side of the contrast rows); and to be refused
+               contrast_* (their harmful side), harmful_*
 
 A harmful request is only ever paired with a refusal, and no test row of contrast.jsonl or of the corpora is trained on: test_*
 holds the corpora's ordinary test rows, for measuring. Openers ("The bus was late again.") stand before harmful and harmless
@@ -126,6 +127,7 @@ def chat_pairs(corpora: Corpora, rng: random.Random) -> dict[str, list[Pair]]:
             "general": general,
             "howto": [(row[language], row[f"response_{language}"]) for row in harmless],
             "written": [(row[f"{language}_prompt"], row[f"{language}_answer"]) for row in written_rows()],
+            "loaded": _loaded(general, said["loaded"][language], language),
             "frames": _framed(general, said["frames"][language], language, rng),
             "twins": [(row[f"{language}_harmless"], row[f"{language}_answer"]) for row in contrast],
         }
@@ -218,6 +220,13 @@ def _framed(pairs: list[Pair], frames: list[str], language: str, rng: random.Ran
             inner = (request[0].lower() + request[1:]).rstrip(".。！! ")
             framed.append((rng.choice(frames).format(inner), response))
     return framed
+
+
+def _loaded(pairs: list[Pair], words: list[str], language: str) -> list[Pair]:
+    """Pairs whose request has a dangerous-looking word."""
+    joined = "|".join(words)
+    pattern = re.compile(rf"\b({joined})\b" if language == "en" else joined, re.IGNORECASE)
+    return [(request, response) for request, response in pairs if pattern.search(request)]
 
 
 def _opened(request: str, openers: list[str], rng: random.Random) -> str:

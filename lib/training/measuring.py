@@ -77,7 +77,7 @@ def fluency(lm: LanguageModel, prompts: dict[str, Sequence[str]], scorers: dict[
 
 
 def held_out_loss(
-    lm: LanguageModel, documents: dict[str, Tensor], chat: dict[str, Pool], batch_size: int = 64
+    lm: LanguageModel, documents: dict[str, Tensor], chat: dict[str, Pool], batch_size: int = 32
 ) -> dict[str, dict]:
     """Nats a token by source: next-token loss of causal models, the diffusion bound of masked ones; bootstrapped over rows."""
     rows = {f"documents_{name}": (ids[:HELD_OUT].long(), None) for name, ids in documents.items()}
