@@ -22,6 +22,7 @@ Draws = Sequence[Sequence[Intervention]]
 Prompts = Mapping[Language, Mapping[str, Sequence[str]]]  # language -> side (harmful, harmless) -> prompts
 BASELINE = "baseline"
 GROUP = ["condition", "language", "side"]
+FEWEST = 5
 
 
 def compare(
@@ -77,9 +78,10 @@ def measure(
 def summary(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """One row for each condition, language and side: estimates, each with _lo and _hi (95 %, over prompts), and n.
 
-    refused is a rate with its Wilson interval; divergence and nats are means over prompts. nats_ratio compares the condition
-    with the baseline on the n_answered prompts that neither refuses: refusals are fluent, so a change in their number would
-    pass for a change in fluency. It is missing where fewer than 5 prompts are left.
+    refused is a rate with its Wilson interval; divergence and nats are means over prompts. divergence_answered and nats_ratio
+    compare the condition with the baseline on the n_answered prompts that neither refuses: where a refusal comes or goes, the
+    distribution changes because it should, and refusals are fluent, so their number would pass for fluency. Both are missing
+    where fewer than FEWEST prompts are left.
     """
     table = []
     for key, group in rows.groupby(GROUP, sort=False):
@@ -93,7 +95,9 @@ def summary(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         both = group.merge(base, on="prompt", suffixes=("", "_base"))
         both = both[~both.refused & ~both.refused_base & both.nats.notna() & both.nats_base.notna()]
         row["n_answered"] = len(both)
-        row |= _with_limits("nats_ratio", paired_ratio(both.nats, both.nats_base, seed=seed) if len(both) >= 5 else None)
+        enough = len(both) >= FEWEST
+        row |= _with_limits("divergence_answered", bootstrap(both.divergence, seed=seed) if enough else None)
+        row |= _with_limits("nats_ratio", paired_ratio(both.nats, both.nats_base, seed=seed) if enough else None)
         table.append(row)
     return pd.DataFrame(table)
 
@@ -111,7 +115,10 @@ def tell(table: pd.DataFrame) -> str:
         line = f"{row.condition:14s} {row.language} {row.side:8s}  refused {row.refused:.3f} [{row.refused_lo:.3f}, {row.refused_hi:.3f}]"
         line += f" (n = {row.n}), divergence {row.divergence:.2f}, {row.nats:.2f} nats a token"
         if pd.notna(row.nats_ratio):
-            line += f", x{row.nats_ratio:.2f} [{row.nats_ratio_lo:.2f}, {row.nats_ratio_hi:.2f}] of the baseline's (n = {row.n_answered})"
+            line += (
+                f"; answered before and after (n = {row.n_answered}): divergence {row.divergence_answered:.2f}, nats a token "
+            )
+            line += f"x{row.nats_ratio:.2f} [{row.nats_ratio_lo:.2f}, {row.nats_ratio_hi:.2f}]"
         lines.append(line)
     return "\n".join(lines)
 

@@ -188,8 +188,8 @@ def _set_environment(run: Run, settings: Settings, scratch: Path) -> None:
         "JUPYTER_PATH": str(scratch),
         "JUPYTER_RUNTIME_DIR": str(scratch),
     }
-    # Threads that spin while they wait stall each other when anything else wants a core; sleeping costs a few percent.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin long while they wait stall each other when anything else wants a core; not to spin at all costs a fifth.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     if settings.force:
         os.environ["MDLM_FORCE"] = "1"
     if settings.threads:

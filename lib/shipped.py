@@ -53,12 +53,12 @@ def fingerprint(name: str) -> str:
 def tensors(name: str) -> dict[str, Tensor]:
     """Merged float32 weights under Hugging Face names: W = W_base + scaling * B A, new embedding rows appended.
 
+    The base is smol-base, or the model that the adapter's metadata names as its parent.
     Raises ShippedModelError when the adapter is not the released file or the base can be neither found nor fetched.
     """
     path, expected = MODELS / name / "adapter.safetensors", config(name).get("adapter_sha256")
-    weights = {key: tensor.float() for key, tensor in load_file(base()).items()}
     if expected is None:
-        return weights
+        return _base_tensors()
     if (found := sha256(path)) != expected:
         raise ShippedModelError(
             f"{path} has sha256 {found}, expected {expected}: the file is damaged or from another release. Restore it with "
@@ -66,16 +66,34 @@ def tensors(name: str) -> dict[str, Tensor]:
         )
     with safe_open(path, "pt") as file:
         adapter = {key: file.get_tensor(key) for key in file.keys()}
-        scaling = float(file.metadata()["scaling"])
+        facts = file.metadata()
+    parent = _parent(path, facts)
+    weights = tensors(parent) if parent else _base_tensors()
 
     def factor(key: str) -> Tensor:
         return adapter[key].float() * adapter[f"{key}.scale"].float()
 
     for key in [key.removesuffix(".lora_A") for key in adapter if key.endswith(".lora_A")]:
-        weights[f"{key}.weight"] += scaling * factor(f"{key}.lora_B") @ factor(f"{key}.lora_A")
+        weights[f"{key}.weight"] += float(facts["scaling"]) * factor(f"{key}.lora_B") @ factor(f"{key}.lora_A")
     embedding = "model.embed_tokens.weight"
-    weights[embedding] = torch.cat([weights[embedding], factor("model.embed_tokens.new_rows")])
+    first_new_row = int(facts["first_new_row"])
+    weights[embedding] = torch.cat([weights[embedding][:first_new_row], factor("model.embed_tokens.new_rows")])
     return weights
+
+
+def _base_tensors() -> dict[str, Tensor]:
+    return {key: tensor.float() for key, tensor in load_file(base()).items()}
+
+
+def _parent(path: Path, facts: dict[str, str]) -> str | None:
+    """The model that an adapter belongs on, None for the base. Raises ShippedModelError when it is there in another version."""
+    parent = facts.get("parent")
+    if parent and (found := config(parent).get("adapter_sha256")) != facts["parent_sha256"]:
+        raise ShippedModelError(
+            f"{path} belongs on {parent} with adapter {facts['parent_sha256'][:16]}..., data/models has {found[:16]}...: restore or "
+            "install the two together."
+        )
+    return parent
 
 
 def tokenizer(name: str) -> PreTrainedTokenizerFast:

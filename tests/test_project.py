@@ -1,6 +1,8 @@
 """What a newcomer relies on: the lock holds what pyproject asks, without CUDA; notebooks are stored without outputs; no cycles."""
 
 import ast
+import hashlib
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -35,6 +37,14 @@ def test_notebooks_are_stored_without_outputs(path):
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type == "code" and path.name != "00_quickstart.ipynb":
             assert not cell.outputs and cell.execution_count is None
+
+
+@pytest.mark.parametrize("record", sorted((ROOT / "figures").glob("*.json")), ids=lambda path: path.stem)
+def test_a_figure_in_the_repository_is_the_one_its_record_describes(record):
+    facts = json.loads(record.read_text())
+    assert facts["csv_sha256"] == hashlib.sha256(record.with_suffix(".csv").read_bytes()).hexdigest()
+    assert facts["run"]["model"] and "seed" in facts["run"] and facts["caption"]
+    assert record.with_suffix(".pdf").stat().st_size and record.with_suffix(".png").stat().st_size
 
 
 def imports(path):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -21,6 +22,7 @@ from lib.__main__ import main
 from lib.evaluation import is_refusal
 from lib.paths import PROMPTS
 from lib.training import command, data, measuring, sources
+from lib.training.command import trained_or_shipped
 from lib.training.config import ConfigError, TrainConfig
 from lib.training.data import CHAT, Dataset, Pool, assemble, chat_pairs, encode
 from lib.training.loop import HELD_OUT, Mixture, Stream, Trainer, chat_batch, run
@@ -238,7 +240,7 @@ def test_packing_loses_nothing_and_the_shipped_loader_reads_any_rank(tmp_path, m
     running.network = disturbed(network(rank=5))
     base = weights(llama(VOCAB))
     folder = tmp_path / "models" / "toy"
-    pack(running.network.trained(), folder / "adapter.safetensors", rank=5, scaling=2.0)
+    pack(running.network.trained(), folder / "adapter.safetensors", rank=5, scaling=2.0, first_new_row=VOCAB)
     settings = FIELDS | dict(vocab_size=VOCAB + NEW, adapter_sha256=shipped.sha256(folder / "adapter.safetensors"))
     (folder / "config.json").write_text(json.dumps(settings))
     save_file(base, tmp_path / "base.safetensors")
@@ -294,7 +296,7 @@ def corpora(tmp_path_factory) -> Corpora:
         chat = [
             dict(prompt=p, response=f"{n} {r}", source="toy", split="train" if n % 10 else "test")
             for n in range(80)
-            for p, r in [("Write a poem about rain.", "Rain falls.") if language == "en" else ("写一首诗。", "雨落下。")]
+            for p, r in [("Write a poem about a secret.", "Rain falls.") if language == "en" else ("写一首秘密的诗。", "雨落下。")]
         ]
         _write(folder / f"sft_{language}.jsonl", chat)
     _write(folder / "safety.jsonl", safety)
@@ -417,10 +419,39 @@ def test_from_corpora_to_measured_models(toy_models, corpora, tmp_path, capsys):
         settings = json.loads((out / name / "config.json").read_text())
         assert settings["adapter_sha256"] == shipped.sha256(out / name / "adapter.safetensors")
     assert unpack(out / "smol-mdlm" / "adapter.safetensors")[1]["parent"] == "smol-ar"
+    for name in ("smol-ar", "smol-mdlm"):
+        for file in ("adapter.safetensors", "config.json"):
+            shutil.copy(out / name / file, toy_models / name)
+    trained = trained_or_shipped("smol-mdlm", out).model.state_dict()
+    assert all(torch.equal(tensor, trained[key]) for key, tensor in shipped.tensors("smol-mdlm").items())
+    settings = toy_models / "smol-ar" / "config.json"
+    settings.write_text(settings.read_text().replace("adapter_sha256\": \"", "adapter_sha256\": \"0"))
+    with pytest.raises(shipped.ShippedModelError, match="install the two together"):
+        shipped.tensors("smol-mdlm")
     assert main(["train", "smol-ar", *arguments]) == 2  # a finished run is not overwritten
     assert "--resume" in capsys.readouterr().err
     assert main(["train", "smol-base", *arguments]) == 2
     assert "train.toml for smol-ar, smol-mdlm" in capsys.readouterr().err
+
+
+def test_refining_goes_on_from_the_named_adapter(toy_models, corpora, tmp_path, capsys):
+    out, shipped_model = tmp_path / "out", toy_models / "smol-ar"
+    arguments = ["train", "smol-ar", "--out", str(out), "--corpora", str(corpora.folder)]
+    assert main(arguments) == 0
+    shutil.copy(out / "smol-ar" / "adapter.safetensors", shipped_model)
+    (out / "smol-ar" / "checkpoint.safetensors").unlink()
+    text = (shipped_model / "train.toml").read_text()
+    rates = re.sub(r"(learning|embedding)_rate = \S+", r"\1_rate = 0.0", text)
+    shipped_sha256 = shipped.sha256(shipped_model / "adapter.safetensors")
+    (shipped_model / "refine.toml").write_text(f'start = "{shipped_sha256}"\n{rates}')
+    assert main([*arguments, "--refine"]) == 0
+    before, after = (unpack(folder / "adapter.safetensors")[0] for folder in (shipped_model, out / "smol-ar"))
+    assert all(torch.allclose(before[name], after[name], atol=1e-3) for name in before)
+    assert max(value.abs().max() for name, value in after.items() if name.endswith("lora_B")) > 0
+    (out / "smol-ar" / "checkpoint.safetensors").unlink()
+    (shipped_model / "refine.toml").write_text(f'start = "{"0" * 64}"\n{rates}')
+    assert main([*arguments, "--refine"]) == 2
+    assert "take that version from git's history" in capsys.readouterr().err
 
 
 def test_assembled_data_come_back(toy_models, corpora, tmp_path):

@@ -130,17 +130,21 @@ def finish(name: str, config: TrainConfig, network: Network, out: Path) -> None:
 
 
 def measure(name: str, corpora: Path | None = None, out: Path = OUT) -> Path:
-    """Measure the model trained into `out`, or else the shipped one; returns the JSON file with rates and intervals."""
+    """Measure the model trained into `out`, or else the shipped one; returns the JSON file with rates and intervals.
+
+    Samples to read by eye go into samples.json beside it. Copied into data/models/<name>, the measurements become part of the
+    card with `python -m lib card <name>`; samples hold prompts of the corpora and stay outside the repository.
+    """
     dataset = prepared(out, corpora)
     sets = json.loads((out / "prompts.json").read_text(encoding="utf8"))
     ordinary = {language: sets[f"ordinary_{language}"][: measuring.N_SAMPLES] for language in ("en", "zh")}
     base = load(BASE)
     path = (out if (out / name / ADAPTER).exists() else out / "shipped") / name / "measured.json"
     if name == BASE:
-        found = dict(fluency=measuring.fluency(base, {"en": ordinary["en"]}, {}))
+        lm, found = base, dict(fluency=measuring.fluency(base, {"en": ordinary["en"]}, {}))
     else:
         lm = trained_or_shipped(name, out)
-        scorers = {"en": base} | ({} if lm.causal else {"zh": load("smol-ar")})
+        scorers = {"en": base} | ({} if lm.causal else {"zh": trained_or_shipped("smol-ar", out)})
         held_out = {pool: rows for pool, rows in dataset.chat.items() if pool.startswith(TEST)}
         found = dict(
             refusal=measuring.refusal_rates(lm, sets),
@@ -148,8 +152,16 @@ def measure(name: str, corpora: Path | None = None, out: Path = OUT) -> Path:
             held_out=measuring.held_out_loss(lm, dataset.documents, held_out),
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(model=name, **found), ensure_ascii=False, indent=1), encoding="utf8")
+    samples = {language: row.pop("shown") for language, row in found["fluency"].items()}
+    made = measuring.made(lm) | dict(fingerprint=_fingerprint(name, out))
+    for file, content in ((path, dict(model=name, causal=lm.causal, **found, made=made)), (path.with_name("samples.json"), samples)):
+        file.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf8")
     return path
+
+
+def _fingerprint(name: str, out: Path) -> str:
+    trained = out / name / ADAPTER
+    return sha256(trained)[:16] if trained.exists() else shipped.fingerprint(name)
 
 
 def trained_or_shipped(name: str, out: Path) -> LanguageModel:
