@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None, root: Path = REPO) -> int:
     try:
         match options.command:
             case "models":
-                from .models import describe  # loads torch, which takes seconds
+                from .families import describe  # loads torch, which takes seconds
 
                 print(describe())
                 return 0

@@ -1,27 +1,15 @@
-"""Which checkpoint is this and how do I run it: families, loading, and logits that score their own position.
+"""Which checkpoint is this and how do I run it: loading, and logits that score their own position.
 
-Every family runs on a stock transformers class; code from a checkpoint is never executed. What differs between families is
-one `Family` entry each: the class, key renames, attention, the logit shift, special ids, the template and the default decoding.
-
-    LLaDA  LlamaForCausalLM after a key rename, bidirectional, rotary in float32, slot i scored at i   (arXiv 2502.09992)
-    Dream  Qwen2ForCausalLM as it is, bidirectional, slot i scored at i - 1                            (arXiv 2508.15487)
-    Llama  LlamaForCausalLM, causal: the autoregressive control
-    Llama-MDLM  a Llama turned into a masked diffusion model the way Dream was made: the shipped smol-mdlm
-
-The shift lives here and nowhere else: `logits[:, i]` and `hidden[:, i]` belong to position i in every family.
+Every family (families.py) runs on a stock transformers class; code from a checkpoint is never executed. The shift of Dream-like
+models lives here and nowhere else: `logits[:, i]` and `hidden[:, i]` belong to position i in every family.
 """
 
-import difflib
-import hashlib
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -33,37 +21,14 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen2Tokenizer,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from . import shipped
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be found or does not hold what its family needs; the message names what and where."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of the registry: everything that differs between model families."""
-
-    name: str
-    architecture: type[PreTrainedModel]
-    native_config: Callable[[dict], dict]  # checkpoint's config.json -> fields of the transformers config
-    causal: bool = False
-    shift: int = 0  # logits at position i - shift score position i
-    positions: Literal["absolute", "unpadded"] = "unpadded"  # whether left padding takes up rotary positions
-    float32_rotary: bool = False
-    rename: tuple[tuple[str, str], ...] = ()  # regular expressions, checkpoint key -> transformers key
-    mask_id: int | None = None  # used where config.json names none
-    eot_id: int | None = None  # end of turn, where it differs from the end of text
-    tokenizer: type = PreTrainedTokenizerFast
-    template: str | None = None  # chat template (Jinja) for tokenizers that come without one
-    decoding: Mapping[str, object] = field(default_factory=dict)  # default fields of sampling.Decoding
-    checkpoints: tuple[str, ...] = ()  # hub ids of this layout
+from .checkpoints import fingerprint_of, folder_of, read_json, shards_of, tensors_of
+from .families import CheckpointError, Family, family_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,173 +107,6 @@ class LanguageModel:
             self.tokenizer.save_pretrained(directory)
 
 
-# --- the registry -------------------------------------------------------------------------------------------------------------
-
-
-def _llada_config(config: dict) -> dict:
-    for flag in (
-        "include_bias",
-        "include_qkv_bias",
-        "bias_for_layer_norm",
-        "attention_layer_norm",
-        "scale_logits",
-        "alibi",
-    ):
-        if config.get(flag):
-            raise CheckpointError(
-                f"this LLaDA checkpoint sets {flag}, which no released one does; the Llama class cannot express it"
-            )
-    return dict(
-        hidden_size=config["d_model"],
-        intermediate_size=config["mlp_hidden_size"],
-        num_hidden_layers=config["n_layers"],
-        num_attention_heads=config["n_heads"],
-        num_key_value_heads=config.get("n_kv_heads") or config["n_heads"],
-        vocab_size=config.get("embedding_size") or config["vocab_size"],
-        max_position_embeddings=config["max_sequence_length"],
-        rms_norm_eps=config.get("rms_norm_eps", 1e-5),
-        rope_parameters={"rope_type": "default", "rope_theta": config["rope_theta"]},
-        tie_word_embeddings=config.get("weight_tying", False),
-        **_common(config),
-    )
-
-
-def _stock_config(config: dict) -> dict:
-    """Llama and Qwen2 field names, as they are; fields of remote code and of saving are left out."""
-    drop = {
-        "architectures",
-        "auto_map",
-        "model_type",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "mask_token_id",
-        "is_causal",
-        "adapter_sha256",
-    }
-    fields = {key: value for key, value in config.items() if key not in drop | _common(config).keys()}
-    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta", 10000.0)} | (fields.pop("rope_scaling", None) or {})
-    return {"rope_parameters": rope} | fields | _common(config)
-
-
-def _common(config: dict) -> dict:
-    return {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-
-
-_CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_LLADA_RENAME = tuple(
-    (rf"^model\.transformer\.blocks\.(\d+)\.{old}\.weight$", rf"model.layers.\1.{new}.weight")
-    for old, new in {
-        "attn_norm": "input_layernorm",
-        "q_proj": "self_attn.q_proj",
-        "k_proj": "self_attn.k_proj",
-        "v_proj": "self_attn.v_proj",
-        "attn_out": "self_attn.o_proj",
-        "ff_norm": "post_attention_layernorm",
-        "ff_proj": "mlp.gate_proj",
-        "up_proj": "mlp.up_proj",
-        "ff_out": "mlp.down_proj",
-    }.items()
-) + (
-    (r"^model\.transformer\.wte\.weight$", "model.embed_tokens.weight"),
-    (r"^model\.transformer\.ln_f\.weight$", "model.norm.weight"),
-    (r"^model\.transformer\.ff_out\.weight$", "lm_head.weight"),
-)
-
-LLADA = Family(
-    name="llada",
-    architecture=LlamaForCausalLM,
-    native_config=_llada_config,
-    positions="absolute",
-    float32_rotary=True,
-    rename=_LLADA_RENAME,
-    mask_id=126336,
-    eot_id=126348,
-    template=(
-        "{% for message in messages %}{% if loop.first %}<|startoftext|>{% endif %}<|start_header_id|>{{ message['role'] }}"
-        "<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>\n\n"
-    ),
-    decoding=dict(gen_length=128, steps=128, block_length=32, remasking="low_confidence"),
-    checkpoints=(
-        "GSAI-ML/LLaDA-8B-Instruct",
-        "GSAI-ML/LLaDA-8B-Base",
-        "GSAI-ML/LLaDA-1.5",
-        "Gen-Verse/MMaDA-8B-MixCoT",
-    ),
-)
-DREAM = Family(
-    name="dream",
-    architecture=Qwen2ForCausalLM,
-    native_config=_stock_config,
-    shift=1,
-    mask_id=151666,
-    tokenizer=Qwen2Tokenizer,
-    template=_CHATML,
-    decoding=dict(gen_length=128, steps=128, block_length=128, remasking="entropy"),
-    checkpoints=(
-        "Dream-org/Dream-v0-Instruct-7B",
-        "Dream-org/Dream-v0-Base-7B",
-        "Dream-org/Dream-Coder-v0-Instruct-7B",
-    ),
-)
-LLAMA = Family(
-    name="llama",
-    architecture=LlamaForCausalLM,
-    native_config=_stock_config,
-    causal=True,
-    shift=1,
-    template=_CHATML,
-    decoding=dict(gen_length=32, steps=32, block_length=32, remasking="autoregressive"),
-    checkpoints=("HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
-)
-LLAMA_MDLM = Family(
-    name="llama-mdlm",
-    architecture=LlamaForCausalLM,
-    native_config=_stock_config,
-    shift=1,
-    template=_CHATML,
-    decoding=dict(gen_length=32, steps=32, block_length=32, remasking="low_confidence"),
-)
-FAMILIES = {family.name: family for family in (LLADA, DREAM, LLAMA, LLAMA_MDLM)}
-
-
-def family_of(config: dict) -> Family:
-    """The family of a checkpoint's config.json. Raises CheckpointError for a model type that is not in the registry."""
-    kind = config.get("model_type")
-    if kind in ("llada", "mmada"):
-        return LLADA
-    if kind == "Dream":
-        return DREAM
-    if kind == "llama":
-        return LLAMA if config.get("is_causal", True) else LLAMA_MDLM
-    raise CheckpointError(f"model_type {kind!r} is of no known family; known: llada, mmada, Dream, llama")
-
-
-def describe() -> str:
-    """What can be loaded, and how far each family was checked: the table of `python -m lib models`."""
-    checked = {
-        "llada": "golden numbers of the published code on tiny weights: logits bit-equal, sampler token-equal",
-        "dream": "golden numbers of the published code on tiny weights: logits bit-equal, sampler token-equal",
-        "llama": "the shipped smol-ar and smol-base",
-        "llama-mdlm": "the shipped smol-mdlm; round trip through save and load bit-equal",
-    }
-    lines = []
-    for family in FAMILIES.values():
-        own = [name for name in shipped.names() if family_of(shipped.config(name)) is family]
-        lines += [f"{family.name} ({family.architecture.__name__}, {'causal' if family.causal else 'masked diffusion'})"]
-        lines += [
-            f"    checked   {checked[family.name]}",
-            f"    models    {', '.join([*own, *family.checkpoints]) or '-'}",
-        ]
-    return "\n".join(lines)
-
-
-# --- loading ------------------------------------------------------------------------------------------------------------------
-
-
 def load(name: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> LanguageModel:
     """Load a shipped model (smol-mdlm, smol-ar, smol-base), a local checkpoint directory, or a Hugging Face id.
 
@@ -329,11 +127,11 @@ def load(name: str | Path, device: str | torch.device | None = None, dtype: torc
         )
         family = family_of(config)
     else:
-        folder = _folder(name)
-        config = _read_json(folder / "config.json")
+        folder = folder_of(name)
+        config = read_json(folder / "config.json")
         family = family_of(config)
-        shards = _shards(folder)
-        tensors, fingerprint, tokenizer = _read(shards), _fingerprint(config, shards), _tokenizer(folder, family)
+        shards = shards_of(folder)
+        tensors, fingerprint, tokenizer = tensors_of(shards), fingerprint_of(config, shards), _tokenizer(folder, family)
     if dtype is None:
         stored = config.get("dtype") or config.get("torch_dtype") or "float32"
         dtype = torch.float32 if device.type == "cpu" else getattr(torch, stored)
@@ -431,70 +229,6 @@ AttentionMaskInterface.register("sdpa_float32_rotary", sdpa_mask)
 
 def _attention(family: Family) -> str:
     return "sdpa_float32_rotary" if family.float32_rotary else "sdpa"
-
-
-def _folder(name: str) -> Path:
-    """A local directory, or the snapshot of a hub id (weights, JSON and tokenizer files only)."""
-    if Path(name).is_dir():
-        return Path(name)
-    known = {hub_id.split("/")[-1].lower(): hub_id for family in FAMILIES.values() for hub_id in family.checkpoints}
-    hub_id = known.get(name.lower(), name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) or hub_id.startswith("."):
-        choices = [*shipped.names(), *known.values()]
-        near = difflib.get_close_matches(name, [*shipped.names(), *known, *known.values()], n=3, cutoff=0.3)
-        raise CheckpointError(
-            f"no model {name!r}: it is not a shipped model, a known checkpoint, a Hugging Face id (owner/name) or a directory. "
-            f"{'Did you mean ' + ' or '.join(near) + '? ' if near else ''}Known: {', '.join(choices)}"
-        )
-    from huggingface_hub import snapshot_download  # the shipped models must load without it
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
-    except Exception as error:  # the hub raises a dozen classes: no network, no such repository, gated, disk full
-        raise CheckpointError(
-            f"{hub_id} is not in the local Hugging Face cache and could not be fetched ({type(error).__name__}: {error}). On a "
-            f"machine with a network run `hf download {hub_id}`, copy the folder here, and give its path instead of the name."
-        ) from error
-
-
-def _read_json(path: Path) -> dict:
-    if not path.exists():
-        raise CheckpointError(f"{path.parent} holds no {path.name}: it is not a checkpoint directory")
-    return json.loads(path.read_text())
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = sorted({folder / file for file in _read_json(index)["weight_map"].values()})
-    else:
-        shards = sorted(folder.glob("*.safetensors"))
-    if missing := [shard.name for shard in shards if not shard.exists()]:
-        raise CheckpointError(
-            f"{folder} lacks the shards {', '.join(missing)} that its index names: the download is not complete"
-        )
-    if not shards:
-        raise CheckpointError(f"{folder} holds no .safetensors file (pickled .bin files are never read)")
-    return shards
-
-
-def _read(shards: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for shard in shards:
-        with safe_open(shard, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                yield key, file.get_tensor(key)
-
-
-def _fingerprint(config: dict, shards: list[Path]) -> str:
-    """16 hex digits from config, tensor names and every tensor's first values: tells fine-tunes apart without reading 16 GB."""
-    digest = hashlib.sha256(json.dumps({k: v for k, v in config.items() if "version" not in k}, sort_keys=True).encode())
-    for shard in shards:
-        with safe_open(shard, "pt") as file:
-            for key in sorted(file.keys()):
-                view = file.get_slice(key)
-                digest.update(f"{key}{view.get_shape()}{view.get_dtype()}".encode())
-                digest.update(view[:1].float().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _tokenizer(folder: Path, family: Family):

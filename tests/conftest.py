@@ -9,7 +9,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib.models import LLAMA, load
+from lib.families import LLAMA
+from lib.models import load
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -49,7 +50,9 @@ def llama_mdlm(tmp_path_factory):
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character, for the tiny Llamas: their special ids, and the template of the shipped models."""
     characters = "\n !'.,?-;:abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789抱歉对不起能无法我"
-    vocabulary = {"<unk>": 0, "<|im_start|>": 1, "<|im_end|>": 2} | {c: i for i, c in enumerate(characters, start=3)} | {"<|mask|>": 95}
+    vocabulary = (
+        {"<unk>": 0, "<|im_start|>": 1, "<|im_end|>": 2} | {c: i for i, c in enumerate(characters, start=3)} | {"<|mask|>": 95}
+    )
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()

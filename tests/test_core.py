@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lib.extraction import Candidates, Direction, DirectionMismatch, orthonormal, principal_components
+from lib.families import CheckpointError
 from lib.hooking import SITES, Site, capture, enter, intervene, resume
-from lib.models import CheckpointError, load
+from lib.models import load
 from lib.sampling import Decoding, DecodingError, sample, transfer_counts
 from lib.steering import Scope, StepState, ablate, add, clamp, steering
 
@@ -37,7 +38,9 @@ def prompts(b=2, s=7, seed=0):
 
 def direction_for(lm, k=1, layer=1, seed=3):
     vectors = torch.randn(k, lm.d_model, generator=torch.Generator().manual_seed(seed))
-    return Direction(orthonormal(vectors), torch.full((lm.n_layers,), 2.0), layer, -1, torch.full((lm.n_layers, k), 0.5), lm.fingerprint)
+    return Direction(
+        orthonormal(vectors), torch.full((lm.n_layers,), 2.0), layer, -1, torch.full((lm.n_layers, k), 0.5), lm.fingerprint
+    )
 
 
 def hook_table(lm):

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from lib import shipped
 from lib.evaluation import first_slots, is_refusal, refusal_log_odds
-from lib.models import LLADA, load
+from lib.families import LLADA
+from lib.models import load
 from lib.prompts import REGIONS, contrast, encode, position_names, regions, template
 
 
