@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None, root: Path = REPO) -> int:
 
                 places = dict(corpora=options.corpora, out=options.out or OUT)
                 if not options.measure:
-                    train(options.name, resume=options.resume, refine=options.refine, **places)
+                    train(options.name, resume=options.resume, **places)
                 print(measure(options.name, **places))
                 return 0
             case "status":
@@ -67,7 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     trainer.add_argument("--corpora", type=Path, metavar="DIR", help="folder of the public corpora (default: $MDLM_CORPORA)")
     trainer.add_argument("--out", type=Path, metavar="DIR", help="where everything goes (default: runs/training)")
     trainer.add_argument("--resume", action="store_true", help="go on from the checkpoint of a run that was stopped")
-    trainer.add_argument("--refine", action="store_true", help="go on from the shipped adapter (refine.toml), not from the base")
     trainer.add_argument("--measure", action="store_true", help="only measure: what was trained below --out, else what ships")
     for command in (runner, status):
         command.add_argument("--profile", default="cpu", help=f"how much to measure: {', '.join(PROFILES)} (default: cpu)")

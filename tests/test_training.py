@@ -7,7 +7,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -432,26 +431,6 @@ def test_from_corpora_to_measured_models(toy_models, corpora, tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err
     assert main(["train", "smol-base", *arguments]) == 2
     assert "train.toml for smol-ar, smol-mdlm" in capsys.readouterr().err
-
-
-def test_refining_goes_on_from_the_named_adapter(toy_models, corpora, tmp_path, capsys):
-    out, shipped_model = tmp_path / "out", toy_models / "smol-ar"
-    arguments = ["train", "smol-ar", "--out", str(out), "--corpora", str(corpora.folder)]
-    assert main(arguments) == 0
-    shutil.copy(out / "smol-ar" / "adapter.safetensors", shipped_model)
-    (out / "smol-ar" / "checkpoint.safetensors").unlink()
-    text = (shipped_model / "train.toml").read_text()
-    rates = re.sub(r"(learning|embedding)_rate = \S+", r"\1_rate = 0.0", text)
-    shipped_sha256 = shipped.sha256(shipped_model / "adapter.safetensors")
-    (shipped_model / "refine.toml").write_text(f'start = "{shipped_sha256}"\n{rates}')
-    assert main([*arguments, "--refine"]) == 0
-    before, after = (unpack(folder / "adapter.safetensors")[0] for folder in (shipped_model, out / "smol-ar"))
-    assert all(torch.allclose(before[name], after[name], atol=1e-3) for name in before)
-    assert max(value.abs().max() for name, value in after.items() if name.endswith("lora_B")) > 0
-    (out / "smol-ar" / "checkpoint.safetensors").unlink()
-    (shipped_model / "refine.toml").write_text(f'start = "{"0" * 64}"\n{rates}')
-    assert main([*arguments, "--refine"]) == 2
-    assert "take that version from git's history" in capsys.readouterr().err
 
 
 def test_assembled_data_come_back(toy_models, corpora, tmp_path):

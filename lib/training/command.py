@@ -38,13 +38,10 @@ BASE = "smol-base"
 ADAPTER = "adapter.safetensors"
 
 
-def train(name: str, corpora: Path | None = None, out: Path = OUT, resume: bool = False, refine: bool = False) -> Path:
-    """Train `name` as its train.toml says, pack it, and return the folder with its adapter and config.json.
-
-    `refine`: go on from the shipped adapter instead, as its refine.toml says.
-    """
+def train(name: str, corpora: Path | None = None, out: Path = OUT, resume: bool = False) -> Path:
+    """Train `name` as its train.toml says, pack it, and return the folder with its adapter and config.json."""
     try:
-        config = TrainConfig.of(name, "refine.toml" if refine else "train.toml")
+        config = TrainConfig.of(name)
         folder, checkpoint = out / name, out / name / "checkpoint.safetensors"
         if checkpoint.exists() and not resume:
             raise UserError(f"{checkpoint} holds an earlier run: --resume goes on from it; delete it to train anew")
@@ -92,21 +89,8 @@ def trainer_of(name: str, config: TrainConfig, dataset: Dataset, out: Path) -> T
         dtype=torch.bfloat16 if gpu else torch.float32,
         compiled=gpu,
     )
-    if config.start:
-        _go_on_from(MODELS / name / ADAPTER, config, network)
     mask_id = len(frozen[EMBEDDING])  # the first row behind the base's
     return Trainer(config, network.to(device), dataset, mask_id, device)
-
-
-def _go_on_from(path: Path, config: TrainConfig, network: Network) -> None:
-    if (found := sha256(path)) != config.start:
-        raise ConfigError(
-            f"start is {config.start[:12]}..., but {path} is {found[:12]}...: take that version from git's history"
-        )
-    factors, _ = unpack(path)
-    with torch.no_grad():
-        for key, value in network.trained().items():
-            value.copy_(factors[key])
 
 
 def parent_of(name: str, out: Path) -> tuple[dict[str, Tensor], Tensor | None]:

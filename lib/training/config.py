@@ -1,4 +1,4 @@
-"""One training run: what train.toml (from the parent) or refine.toml (from the shipped adapter) says, in data/models/<name>.
+"""One training run: what data/models/<name>/train.toml says.
 
 Knows names and numbers; knows nothing of tensors.
 """
@@ -32,8 +32,7 @@ class TrainConfig:
     B A. seed: of everything drawn. steps: optimiser steps; the rate rises over `warmup` steps, stays until the share `hold` of
     all, and falls to 2 % along a cosine. learning_rate, embedding_rate: AdamW, of factors and of embedding rows. document_rows,
     chat_rows: rows of a micro-batch. lowest_rate: smallest masking rate t. tail: most ends of turn behind a response. answers:
-    prompts that the base answers itself. documents, chat: shares of the sources. phases: see Phase. start: sha256 of the shipped
-    adapter whose factors training goes on from; empty for fresh factors.
+    prompts that the base answers itself. documents, chat: shares of the sources. phases: see Phase.
     """
 
     objective: Literal["causal", "masked"]
@@ -54,14 +53,13 @@ class TrainConfig:
     phases: tuple[Phase, ...]
     lowest_rate: float = 0.02
     tail: int = 1
-    start: str = ""
 
     @classmethod
-    def of(cls, name: str, file: str = "train.toml") -> "TrainConfig":
-        path = MODELS / name / file
+    def of(cls, name: str) -> "TrainConfig":
+        path = MODELS / name / "train.toml"
         if not path.exists():
-            choices = ", ".join(sorted(path.parent.name for path in MODELS.glob(f"*/{file}")))
-            raise ConfigError(f"no model {name!r} to train: data/models has a {file} for {choices}")
+            choices = ", ".join(sorted(path.parent.name for path in MODELS.glob("*/train.toml")))
+            raise ConfigError(f"no model {name!r} to train: data/models has a train.toml for {choices}")
         return cls.parse(tomllib.loads(path.read_text(encoding="utf8")))
 
     @classmethod
