@@ -78,7 +78,9 @@ def section(measured: dict) -> str:
         if made["git"]
         else "no git checkout"
     )
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    versions = ", ".join(
+        f"{name} {version}" for name in ("python", "torch", "transformers") if (version := made["versions"].get(name))
+    )
     lines.append(
         f"Weights {made['fingerprint']}; {made['device']}, {made['dtype']}; {commit}; {versions}. "
         f"Made by `python -m lib train {measured['model']} --measure`."

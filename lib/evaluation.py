@@ -63,7 +63,8 @@ def first_slots(
     """Log-probabilities [n, slots, vocab] (float32) of the first response slots after ONE forward pass, as at denoising step 0.
 
     Masked models: the first SCORED_SLOTS of CANVAS masked slots. Autoregressive models: the first response token alone. Blocks
-    before the first one that an intervention touches are run once for all calls with the same prompts in a row.
+    before the first one that an intervention touches are run once for all calls with the same prompts in a row: give every change
+    as an intervention, and do not call this inside `hooking.intervene`.
     """
     n_slots = 1 if lm.causal else SCORED_SLOTS
     layer = min((i.first_layer for i in interventions), default=0)

@@ -7,20 +7,16 @@ and a time-out. A notebook that failed is kept as <study>.failed.ipynb. Knows no
 import json
 import multiprocessing
 import os
-import platform
 import signal
 import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from .files import atomic, git_state
+from .files import atomic, git_state, versions
 from .planning import Run
-
-VERSIONS = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "papermill")
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class Worker:
             "identity": run.identity,
             "seed": run.identity["parameter"]["seed"],
             "git": git_state(settings.root),
-            "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS},
+            "versions": versions(),
             "start": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self._write_record()  # from here on figures are overwritten: the old record no longer tells what they show
@@ -208,13 +204,3 @@ def _unexecuted(cell) -> bool:
 
 def _escaped(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")  # papermill takes paths for format strings
-
-
-# --- provenance -------------------------------------------------------------------------------------------------------
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -171,6 +171,8 @@ def _states(
     lm: LanguageModel, instructions: Sequence[str], n_slots: int, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Indices [b] and activations [b, p, l, d] of one batch after another."""
+    if not template(lm).positions:
+        raise ValueError(f"{lm.name} has no chat template, so it has no template positions to take activations from")
     sites = [Site(layer) for layer in range(lm.n_layers)]
     positions = torch.tensor(template(lm).positions, device=lm.device)
     for indices in batches(lm, instructions, batch_size):

@@ -9,14 +9,12 @@ import hashlib
 import io
 import json
 import os
-import platform
 import re
 import time
 import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 
@@ -30,7 +28,7 @@ from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from .files import atomic, git_state
+from .files import atomic, git_state, versions
 from .identity import plain
 from .paths import DATA, REPO
 
@@ -53,7 +51,6 @@ OTHER_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9
 SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"  # both read the same to colour-blind eyes; PuOr_r is white at zero
 
 CHINESE_FONT = DATA / "fonts" / "NotoSansSC-GB2312.ttf"
-VERSIONS = ("torch", "transformers", "numpy", "pandas", "matplotlib", "seaborn")
 THEME = {
     "font.family": ["DejaVu Sans", "Noto Sans SC GB2312"],  # per glyph: the second draws what the first lacks
     "font.size": 7,
@@ -217,7 +214,7 @@ def save(
         "run": plain(provenance or {}, "provenance"),
         "csv_sha256": hashlib.sha256(table).hexdigest(),
         "git": git_state(REPO),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
+        "versions": versions(),
         "created": datetime.fromtimestamp(int(os.environ.get("SOURCE_DATE_EPOCH", time.time())), UTC).isoformat(),
     }
     files = {

@@ -1,11 +1,15 @@
-"""Files written whole or not at all, their checksums, and the commit they belong to."""
+"""Files written whole or not at all, their checksums, and the commit and the package versions they come from."""
 
 import hashlib
 import os
+import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "seaborn", "papermill")
 
 
 @contextmanager
@@ -40,3 +44,15 @@ def git_state(root: Path) -> dict | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return {"commit": commit, "dirty": bool(changes)}
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the PACKAGES that results depend on; None for one that is not installed."""
+    return {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

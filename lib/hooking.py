@@ -80,14 +80,17 @@ class Entry:
 
 
 def enter(lm: LanguageModel, ids: Tensor, layer: int, attention_mask: Tensor | None = None) -> Entry:
-    """Run the blocks before `layer`. Edits at `layer` and later, attached around `resume`, need no more than that."""
+    """Run the blocks before `layer`. Edits at `layer` and later, attached around `resume`, need no more than that.
+
+    Raises ValueError for a layer that the model does not have.
+    """
     calls: list[Entry] = []
 
     def stop(module, args, arguments):
         calls.append(Entry(layer, args[0], arguments))
         raise _AllCaptured
 
-    handle = lm.model.model.layers[layer].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    handle = _block(lm, layer).register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         with suppress(_AllCaptured):
             lm.trunk(ids, attention_mask)
@@ -109,10 +112,14 @@ class _AllCaptured(Exception):
     """Ends a forward pass that has given all it was asked for."""
 
 
+def _block(lm: LanguageModel, layer: int) -> nn.Module:
+    if not 0 <= layer < lm.n_layers:
+        raise ValueError(f"layer {layer}; {lm.name} has layers 0 to {lm.n_layers - 1}")
+    return lm.model.model.layers[layer]
+
+
 def _attach(lm: LanguageModel, site: Site, edit: Edit) -> list[torch.utils.hooks.RemovableHandle]:
-    if not 0 <= site.layer < lm.n_layers:
-        raise ValueError(f"layer {site.layer}; {lm.name} has layers 0 to {lm.n_layers - 1}")
-    block = lm.model.model.layers[site.layer]
+    block = _block(lm, site.layer)
     match site.name:
         case "resid_pre":
             return [_on_input(block, edit)]

@@ -114,7 +114,7 @@ def load(name: str | Path, device: str | torch.device | None = None, dtype: torc
     to float32 on the CPU and to the checkpoint's own dtype elsewhere. A directory needs no tokenizer (`tokenizer` is then None).
 
     Raises CheckpointError for an unknown name, a hub id that cannot be fetched, or tensors missing, left over, of another
-    shape or not finite; ShippedModelError when the files of a shipped model are damaged or the base cannot be fetched.
+    shape or not finite; ShippedModelError when the files of a shipped model are damaged, WheelError when their base cannot be fetched.
     """
     name = str(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

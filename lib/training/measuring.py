@@ -3,16 +3,14 @@
 Every set is text that no model here was trained on. Knows models and prompts; knows nothing of how they were trained.
 """
 
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
-import transformers
 from torch import Tensor
 
 from ..evaluation import is_refusal, nats_per_token, repetition
-from ..files import git_state
+from ..files import git_state, versions
 from ..models import LanguageModel
 from ..paths import PROMPTS, REPO
 from ..sampling import respond
@@ -110,8 +108,7 @@ def held_out_loss(
 def made(lm: LanguageModel) -> dict:
     """On what, and with which code, something was measured."""
     device = torch.cuda.get_device_name() if lm.device.type == "cuda" else "CPU"
-    versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
-    return dict(device=device, dtype=str(lm.model.dtype).removeprefix("torch."), git=git_state(REPO), versions=versions)
+    return dict(device=device, dtype=str(lm.model.dtype).removeprefix("torch."), git=git_state(REPO), versions=versions())
 
 
 def _losses(lm, given, ids, chosen, scored, attention, t) -> list[float]:

