@@ -15,7 +15,7 @@ from .models import LanguageModel
 from .prompts import Language
 from .results import sweep
 from .sampling import respond
-from .statistics import bootstrap, paired_ratio, random_directions, rate
+from .statistics import Interval, bootstrap, paired_ratio, random_directions, rate
 from .steering import Intervention
 
 Draws = Sequence[Sequence[Intervention]]
@@ -123,7 +123,5 @@ def tell(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _with_limits(name: str, interval) -> dict:
-    if interval is None:
-        return {name: None, f"{name}_lo": None, f"{name}_hi": None}
-    return {name: interval.value, f"{name}_lo": interval.lo, f"{name}_hi": interval.hi}
+def _with_limits(name: str, interval: Interval | None) -> dict:
+    return interval.columns(name) if interval else {name: None, f"{name}_lo": None, f"{name}_hi": None}

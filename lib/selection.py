@@ -23,6 +23,7 @@ from .extraction import Candidates, Direction, activations
 from .models import LanguageModel
 from .results import sweep
 from .sampling import respond
+from .statistics import bootstrap
 from .steering import Intervention, ablate, add, clamp
 
 OPERATIONS = {
@@ -167,11 +168,14 @@ def score_removal(
 
 
 def removal_scores(lm: LanguageModel, intervention: Intervention, harmful: Sequence[str], harmless: Sequence[str]) -> dict:
-    """bypass (mean log-odds), bypass_p (mean probability) and divergence (mean, nats) of one intervention; n prompts in all."""
+    """bypass (mean log-odds), bypass_p (mean probability) and divergence (mean, nats) of one intervention; n prompts in all.
+
+    The last two with _lo and _hi, 95 % bootstrap limits over prompts.
+    """
     log_odds = refusal_log_odds(lm, first_slots(lm, harmful, [intervention]))
     kl = divergence(_unsteered(lm, tuple(harmless)), first_slots(lm, harmless, [intervention]))
-    n = len(harmful) + len(harmless)
-    return dict(bypass=log_odds.mean().item(), bypass_p=log_odds.sigmoid().mean().item(), divergence=kl.mean().item(), n=n)
+    facts = dict(bypass=log_odds.mean().item(), n=len(harmful) + len(harmless))
+    return facts | bootstrap(log_odds.sigmoid().tolist()).columns("bypass_p") | bootstrap(kl.tolist()).columns("divergence")
 
 
 def score_addition(
@@ -183,10 +187,13 @@ def score_addition(
     strength: float = 1.0,
     at: int | None = None,
 ) -> dict:
-    """induce (mean log-odds) and induce_p (mean probability) of adding one cell's direction, at layer `at` (default: its own)."""
+    """induce (mean log-odds) and induce_p (mean probability, with limits) of adding one cell's direction at layer `at`.
+
+    By default that is the cell's own layer.
+    """
     addition = add(candidates.direction(layer, position), strength, layer=at)
     log_odds = refusal_log_odds(lm, first_slots(lm, harmless, [addition]))
-    return dict(induce=log_odds.mean().item(), induce_p=log_odds.sigmoid().mean().item())
+    return dict(induce=log_odds.mean().item()) | bootstrap(log_odds.sigmoid().tolist()).columns("induce_p")
 
 
 def _refused(layer, position, operation, lm, candidates, harmful, **decoding) -> dict:

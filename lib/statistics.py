@@ -36,6 +36,10 @@ class Interval:
         digits = max(0, 1 - floor(log10((self.hi - self.lo) or abs(self.value) or 1)))
         return f"{self.value:.{digits}f} [{self.lo:.{digits}f}, {self.hi:.{digits}f}], n = {self.n}"
 
+    def columns(self, name: str) -> dict[str, float]:
+        """The estimate and its limits as columns of a table: name, name_lo, name_hi."""
+        return {name: self.value, f"{name}_lo": self.lo, f"{name}_hi": self.hi}
+
 
 @dataclass(frozen=True)
 class Controlled(Interval):

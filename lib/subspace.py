@@ -46,7 +46,12 @@ def dimensionality(
             facts = one_dimensionality(both, labels, seed=seed, resamples=resamples, shuffles=resamples)
             difference = x[0][:, p, layer].mean(0) - x[1][:, p, layer].mean(0)
             held = auroc(*((side[:, p, layer] @ difference).tolist() for side in y), seed=seed)
-            quantities = {"PC1 share": facts["pc1_share"], "|cos(PC1, difference)|": facts["cosine"], "AUROC": held}
+            quantities = {
+                "PC1 share": facts["pc1_share"],
+                "difference's share": facts["difference_share"],
+                "|cos(PC1, difference)|": facts["cosine"],
+                "AUROC": held,
+            }
             for quantity, found in quantities.items():
                 limits = dict(value=found.value, lo=found.lo, hi=found.hi, n=found.n, null_q95=getattr(found, "null_q95", None))
                 rows.append(dict(position=position, name=name, layer=layer, quantity=quantity) | limits)

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
+import lib
+
 ROOT = Path(__file__).parents[1]
 LOCK = (ROOT / "requirements.lock").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -45,6 +47,12 @@ def test_a_figure_in_the_repository_is_the_one_its_record_describes(record):
     assert facts["csv_sha256"] == hashlib.sha256(record.with_suffix(".csv").read_bytes()).hexdigest()
     assert facts["run"]["model"] and "seed" in facts["run"] and facts["caption"]
     assert record.with_suffix(".pdf").stat().st_size and record.with_suffix(".png").stat().st_size
+
+
+def test_the_readme_imports_what_there_is():
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    names = {alias.name for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert names and names <= set(lib.__all__)
 
 
 def imports(path):
