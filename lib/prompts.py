@@ -91,7 +91,9 @@ def encode(lm: LanguageModel, instructions: Sequence[str], n_slots: int = 0) -> 
 
 def batches(lm: LanguageModel, instructions: Sequence[str], batch_size: int) -> Iterator[list[int]]:
     """Indices of `instructions` in batches of similar token length, shortest first: padding is work for nothing."""
-    lengths = [len(ids) for ids in _tokenizer(lm)(list(instructions), add_special_tokens=False).input_ids] if instructions else []
+    lengths = (
+        [len(ids) for ids in _tokenizer(lm)(list(instructions), add_special_tokens=False).input_ids] if instructions else []
+    )
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

@@ -259,9 +259,7 @@ def _control(estimate: Interval, null: np.ndarray) -> Controlled:
     return Controlled(*astuple(estimate), float(null.mean()), float(np.quantile(null, 0.95)), float(pvalue))
 
 
-def _bca(
-    samples: tuple, statistic: Callable, confidence: float, seed: int, resamples: int, paired: bool = False
-) -> Interval:
+def _bca(samples: tuple, statistic: Callable, confidence: float, seed: int, resamples: int, paired: bool = False) -> Interval:
     """BCa interval of statistic(*samples), or the percentile interval where BCa is undefined."""
     rng = np.random.default_rng(seed)
     with warnings.catch_warnings():

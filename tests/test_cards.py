@@ -41,7 +41,9 @@ def test_every_card_is_up_to_date_and_says_what_it_is_not_for(name):
 def test_what_steering_does_is_told_of_the_model_it_was_done_to(tmp_path):
     numbers = dict(refused=0.1, refused_lo=0.018, refused_hi=0.404, divergence_answered=0.2, divergence_answered_lo=0.1)
     numbers |= dict(divergence_answered_hi=0.3, nats_ratio=None, nats_ratio_lo=None, nats_ratio_hi=None, n=10, n_answered=9)
-    pd.DataFrame([dict(condition="removed", side="harmless", language="zh") | numbers]).to_csv(tmp_path / "effect.csv", index=False)
+    pd.DataFrame([dict(condition="removed", side="harmless", language="zh") | numbers]).to_csv(
+        tmp_path / "effect.csv", index=False
+    )
     (tmp_path / "effect.json").write_text(json.dumps(dict(caption="What it does.", run=dict(model="smol-mdlm"))))
     told = cards.steering("smol-mdlm", tmp_path)
     assert "| removed, harmless Chinese | 0.10 [0.02, 0.40], n = 10 | 0.20 [0.10, 0.30], n = 9 | - |" in told

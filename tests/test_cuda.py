@@ -29,7 +29,11 @@ def test_greedy_tokens_are_those_of_the_cpu(family, case):
         lm = replace(lm, eot_id=505)
     mask = expected.get("attention_mask")
     out = sample(
-        lm, expected["prompt"].cuda(), None if mask is None else mask.cuda(), seed=0, decoding=decoding(family, case["settings"])
+        lm,
+        expected["prompt"].cuda(),
+        None if mask is None else mask.cuda(),
+        seed=0,
+        decoding=decoding(family, case["settings"]),
     )
     assert torch.equal(out.ids.cpu(), expected["output"])
 
@@ -46,7 +50,16 @@ def test_a_fast_step_does_not_wait_for_the_device(lm, temperature):
     handle = lm.model.model.register_forward_pre_hook(forbid)
     steer = [ablate(direction_for(lm))]
     try:
-        sample(lm, prompts().cuda(), interventions=steer, gen_length=8, steps=8, block_length=8, exact=False, temperature=temperature)
+        sample(
+            lm,
+            prompts().cuda(),
+            interventions=steer,
+            gen_length=8,
+            steps=8,
+            block_length=8,
+            exact=False,
+            temperature=temperature,
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
         handle.remove()

@@ -76,8 +76,8 @@ def toy_dataset() -> Dataset:
 def config(objective: str = "causal", **changes) -> TrainConfig:
     table = dict(
         objective=objective, parent="smol-base", rank=8, scaling=2.0, seed=3, steps=30, warmup=3, hold=0.5, learning_rate=1e-2,
-        embedding_rate=1e-2, document_rows=8, chat_rows=6, answers=0, documents={"en": 0.5, "zh": 0.5},
-        chat={"general": 0.7, "twins": 0.3}, phases=[dict(until=0.5, documents=1, chat=1), dict(until=1.0, documents=1, chat=2)],
+        embedding_rate=1e-2, answers=0, documents={"en": 0.5, "zh": 0.5},
+        chat={"general": 0.7, "twins": 0.3}, phases=[dict(until=0.5, documents=8, chat=6), dict(until=1.0, documents=8, chat=12)],
         lowest_rate=0.1, tail=4,
     )  # fmt: skip
     return TrainConfig.parse(table | changes)
@@ -211,10 +211,10 @@ def test_an_epoch_reads_every_row_once():
 
 
 def test_shares_become_whole_rows():
-    mixture = Mixture.of(dict(a=9, b=9, c=9), dict(a=0.5, b=0.3, c=0.2), rows=7, first=0, seed=0)
-    assert sum(mixture.counts.values()) == 7 and mixture.counts["a"] > mixture.counts["b"] > mixture.counts["c"] >= 1
+    mixture = Mixture(dict(a=9, b=9, c=9), dict(a=0.5, b=0.3, c=0.2), first=0, seed=0)
+    assert {name: len(rows) for name, rows in mixture.take(7)} == dict(a=4, b=2, c=1)
     with pytest.raises(ConfigError, match="no such source: d"):
-        Mixture.of(dict(a=9), dict(d=1.0), rows=7, first=0, seed=0)
+        Mixture(dict(a=9), dict(d=1.0), first=0, seed=0)
 
 
 def test_the_rate_rises_stays_and_falls():
@@ -295,7 +295,9 @@ def corpora(tmp_path_factory) -> Corpora:
         chat = [
             dict(prompt=p, response=f"{n} {r}", source="toy", split="train" if n % 10 else "test")
             for n in range(80)
-            for p, r in [("Write a poem about a secret.", "Rain falls.") if language == "en" else ("写一首秘密的诗。", "雨落下。")]
+            for p, r in [
+                ("Write a poem about a secret.", "Rain falls.") if language == "en" else ("写一首秘密的诗。", "雨落下。")
+            ]
         ]
         _write(folder / f"sft_{language}.jsonl", chat)
     _write(folder / "safety.jsonl", safety)
@@ -383,7 +385,7 @@ def toy_models(tmp_path, monkeypatch):
     shutil.copytree(shipped.MODELS / "tokenizer", models / "tokenizer")
     for name in ("smol-ar", "smol-mdlm"):
         text = (shipped.MODELS / name / "train.toml").read_text()
-        for field, value in dict(steps=3, rank=2, document_rows=1, chat_rows=2, answers=4).items():
+        for field, value in dict(steps=3, rank=2, documents=1, chat=2, answers=4).items():
             text = "\n".join(f"{field} = {value}" if line.startswith(f"{field} =") else line for line in text.splitlines())
         (models / name / "train.toml").write_text(text)
     base = models / "base.safetensors"
@@ -424,7 +426,7 @@ def test_from_corpora_to_measured_models(toy_models, corpora, tmp_path, capsys):
     trained = trained_or_shipped("smol-mdlm", out).model.state_dict()
     assert all(torch.equal(tensor, trained[key]) for key, tensor in shipped.tensors("smol-mdlm").items())
     settings = toy_models / "smol-ar" / "config.json"
-    settings.write_text(settings.read_text().replace("adapter_sha256\": \"", "adapter_sha256\": \"0"))
+    settings.write_text(settings.read_text().replace('adapter_sha256": "', 'adapter_sha256": "0'))
     with pytest.raises(shipped.ShippedModelError, match="install the two together"):
         shipped.tensors("smol-mdlm")
     assert main(["train", "smol-ar", *arguments]) == 2  # a finished run is not overwritten

@@ -105,10 +105,10 @@ def parent_of(name: str, out: Path) -> tuple[dict[str, Tensor], Tensor | None]:
 def finish(name: str, config: TrainConfig, network: Network, out: Path) -> None:
     """Pack the factors and write the config.json that goes with them."""
     path = out / name / ADAPTER
-    first = len(network.frozen[EMBEDDING.replace(".", "/")])
+    first = len(network.embedding)
     parent = {} if config.parent == BASE else dict(parent=config.parent, parent_sha256=sha256(_adapter(config.parent, out)))
     notes = dict(rank=config.rank, scaling=config.scaling, causal=str(network.causal).lower(), mask_token_id=first, **parent)
-    pack(network.trained(), path, first_new_row=first, vocab_size=first + len(network.trained()[NEW_ROWS]), **notes)
+    pack(network.trained(), path, first_new_row=first, vocab_size=first + len(network.new_rows), **notes)
     settings = shipped.config(name) | {"adapter_sha256": sha256(path)}
     (path.parent / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -138,7 +138,10 @@ def measure(name: str, corpora: Path | None = None, out: Path = OUT) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = {language: row.pop("shown") for language, row in found["fluency"].items()}
     made = measuring.made(lm) | dict(fingerprint=_fingerprint(name, out))
-    for file, content in ((path, dict(model=name, causal=lm.causal, **found, made=made)), (path.with_name("samples.json"), samples)):
+    for file, content in (
+        (path, dict(model=name, causal=lm.causal, **found, made=made)),
+        (path.with_name("samples.json"), samples),
+    ):
         file.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf8")
     return path
 

@@ -17,7 +17,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Phase:
-    """Until this share of the steps, a step is so many micro-batches of documents and of chat."""
+    """Until this share of the steps, a step reads so many rows of documents and of chat, each as one micro-batch."""
 
     until: float
     documents: int
@@ -30,9 +30,9 @@ class TrainConfig:
 
     objective: causal or masked. parent: the model whose weights stay frozen below the new factors. rank, scaling: of W + scaling
     B A. seed: of everything drawn. steps: optimiser steps; the rate rises over `warmup` steps, stays until the share `hold` of
-    all, and falls to 2 % along a cosine. learning_rate, embedding_rate: AdamW, of factors and of embedding rows. document_rows,
-    chat_rows: rows of a micro-batch. lowest_rate: smallest masking rate t. tail: most ends of turn behind a response. answers:
-    prompts that the base answers itself. documents, chat: shares of the sources. phases: see Phase.
+    all, and falls to 2 % along a cosine. learning_rate, embedding_rate: AdamW, of factors and of embedding rows. lowest_rate:
+    smallest masking rate t. tail: most ends of turn behind a response. answers: prompts that the base answers itself. documents,
+    chat: shares of the sources. phases: see Phase.
     """
 
     objective: Literal["causal", "masked"]
@@ -45,8 +45,6 @@ class TrainConfig:
     hold: float
     learning_rate: float
     embedding_rate: float
-    document_rows: int
-    chat_rows: int
     answers: int
     documents: dict[str, float]
     chat: dict[str, float]

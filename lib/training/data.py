@@ -194,7 +194,8 @@ def _parallel(corpora: Corpora, words: dict[str, list[str]], rng: random.Random)
         lines.append(rng.choice([f"{word}: {joined}", f"{joined}: {word}", f'"{word}" means "{glosses[0]}".']))
     documents = ["\n".join(lines[at : at + 14]) for at in range(0, len(lines), 14)]
     pairs = [(row["en"], row["zh"]) for row in corpora.rows("safety") if row["split"] == "train" and row["en"] and row["zh"]]
-    pairs += [(row["en_harmless"], row["zh_harmless"]) for row in contrast_rows()]
+    sides = [(row[f"en_{side}"], row[f"zh_{side}"]) for row in contrast_rows() for side in ("harmful", "harmless")]
+    pairs += [pair for pair in sides if all(pair)]
     pairs += [pair for row in written_rows() for pair in ((row[f"en_{k}"], row[f"zh_{k}"]) for k in ("prompt", "answer"))]
     for language in LANGUAGES:
         for row in corpora.rows(f"sft_{language}"):

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..files import atomic
 from .config import ConfigError, TrainConfig
 from .data import CHAT, TEST, Dataset, Pool
-from .network import NEW_ROWS, Network
+from .network import Network
 from .objectives import Batch, causal_loss, masked_loss, stratified
 
 HELD_OUT = 256  # first rows of each kind of document, never trained on
@@ -50,26 +50,22 @@ class Stream:
         return torch.cat(taken)
 
 
-@dataclass
 class Mixture:
-    """Rows drawn from several sources by share; counts are the nearest whole numbers that add up to the rows of a batch."""
+    """Rows drawn from several sources by share."""
 
-    streams: dict[str, Stream]
-    counts: dict[str, int]
-
-    @classmethod
-    def of(cls, sizes: dict[str, int], shares: dict[str, float], rows: int, first: int, seed: int) -> "Mixture":
+    def __init__(self, sizes: dict[str, int], shares: dict[str, float], first: int, seed: int):
         if unknown := shares.keys() - sizes.keys():
             raise ConfigError(f"no such source: {', '.join(sorted(unknown))}; there are {', '.join(sorted(sizes))}")
-        whole = {name: rows * share / sum(shares.values()) for name, share in shares.items()}
+        self.shares = shares
+        self.streams = {name: Stream(sizes[name], first, seed + i) for i, name in enumerate(sorted(shares))}
+
+    def take(self, rows: int) -> list[tuple[str, Tensor]]:
+        """(source, row numbers), `rows` in all: the nearest whole numbers to the shares that add up to them."""
+        whole = {name: rows * share / sum(self.shares.values()) for name, share in self.shares.items()}
         counts = {name: int(exact) for name, exact in whole.items()}
         for name in sorted(whole, key=lambda name: counts[name] - whole[name])[: rows - sum(counts.values())]:
             counts[name] += 1
-        streams = {name: Stream(sizes[name], first, seed + i) for i, name in enumerate(sorted(shares))}
-        return cls(streams, counts)
-
-    def take(self) -> list[tuple[str, Tensor]]:
-        return [(name, stream.take(self.counts[name])) for name, stream in self.streams.items() if self.counts[name]]
+        return [(name, self.streams[name].take(count)) for name, count in counts.items() if count]
 
 
 class Trainer:
@@ -81,13 +77,14 @@ class Trainer:
         pools = {name: pool for name, pool in dataset.chat.items() if not name.startswith(TEST)}
         self.chat = {name: Pool(*(x.int().to(device) for x in (p.ids, p.prompt, p.total))) for name, p in pools.items()}
         sizes = ({name: len(rows) for name, rows in group.items()} for group in (self.documents, self.chat))
-        self.document_mixture = Mixture.of(next(sizes), config.documents, config.document_rows, HELD_OUT, 1000 * config.seed)
-        self.chat_mixture = Mixture.of(next(sizes), config.chat, config.chat_rows, 0, 1000 * config.seed + 500)
+        self.mixtures = {
+            "documents": Mixture(next(sizes), config.documents, HELD_OUT, 1000 * config.seed),
+            "chat": Mixture(next(sizes), config.chat, 0, 1000 * config.seed + 500),
+        }
         self.host = torch.Generator().manual_seed(config.seed)
         self.noise = torch.Generator(device).manual_seed(config.seed)
-        trained = network.trained()
-        factors = [parameter for name, parameter in trained.items() if name != NEW_ROWS]
-        groups = [(factors, config.learning_rate), ([trained[NEW_ROWS]], config.embedding_rate)]
+        factors = [*network.a.values(), *network.b.values()]
+        groups = [(factors, config.learning_rate), ([network.new_rows], config.embedding_rate)]
         self.optimizer = torch.optim.AdamW(
             [dict(params=parameters, lr=rate, highest=rate) for parameters, rate in groups],
             betas=(0.9, 0.98),
@@ -101,20 +98,24 @@ class Trainer:
 
     def step(self) -> dict[str, Tensor]:
         """One optimiser step; the losses (nats, on the device) of its document and chat micro-batches."""
-        phase = self.config.phase(self.steps_done)
         for group in self.optimizer.param_groups:
             group["lr"] = group["highest"] * self.config.rate(self.steps_done)
-        losses, n_batches = {}, phase.documents + phase.chat
-        for kind, count in (("documents", phase.documents), ("chat", phase.chat)):
-            for _ in range(count):
-                loss = self._loss(self._documents() if kind == "documents" else self._chat())
-                (loss / n_batches).backward()
-                losses[kind] = losses.get(kind, 0) + loss.detach() / count
-        torch.nn.utils.clip_grad_norm_(list(self.network.trained().values()), 1.0)
+        losses, tokens = {}, self.tokens()
+        for kind, batch in (("documents", self._documents), ("chat", self._chat)):
+            loss = self._loss(batch())
+            (loss * (tokens[kind] / sum(tokens.values()))).backward()
+            losses[kind] = loss.detach()
+        torch.nn.utils.clip_grad_norm_([*self.network.parameters()], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
         return losses
+
+    def tokens(self) -> dict[str, int]:
+        """Tokens of the next step, by kind."""
+        phase = self.config.phase(self.steps_done)
+        length = next(iter(self.documents.values())).shape[1]
+        return {"documents": phase.documents * length, "chat": phase.chat * CHAT}
 
     def _loss(self, batch: Batch) -> Tensor:
         if self.config.objective == "causal":
@@ -124,21 +125,22 @@ class Trainer:
         return masked_loss(self.network, batch, t, noise, self.mask_id)
 
     def _documents(self) -> Batch:
-        ids = torch.cat([self.documents[name][rows.to(self.device)] for name, rows in self.document_mixture.take()]).long()
+        drawn = self.mixtures["documents"].take(self.config.phase(self.steps_done).documents)
+        ids = torch.cat([self.documents[name][rows.to(self.device)] for name, rows in drawn]).long()
         scored = torch.ones_like(ids, dtype=torch.bool)
         scored[:, 0] = False
         return Batch(ids, scored)
 
     def _chat(self) -> Batch:
-        drawn = [(self.chat[name], rows.to(self.device)) for name, rows in self.chat_mixture.take()]
+        chosen = self.mixtures["chat"].take(self.config.phase(self.steps_done).chat)
+        drawn = [(self.chat[name], rows.to(self.device)) for name, rows in chosen]
         ids, prompt, total = (torch.cat([getattr(p, field)[rows] for p, rows in drawn]) for field in ("ids", "prompt", "total"))
         return chat_batch(ids, prompt, total, self.config.tail, self.config.objective == "masked", self.host)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------------------
 
     def _streams(self) -> dict[str, Stream]:
-        mixtures = {"documents": self.document_mixture, "chat": self.chat_mixture}
-        return {f"{kind}.{name}": stream for kind, mixture in mixtures.items() for name, stream in mixture.streams.items()}
+        return {f"{kind}.{name}": stream for kind, mixture in self.mixtures.items() for name, stream in mixture.streams.items()}
 
     def save(self, path: Path) -> None:
         tensors = {f"parameter.{name}": value.detach() for name, value in self.network.trained().items()}
@@ -184,16 +186,14 @@ def chat_batch(ids: Tensor, prompt: Tensor, total: Tensor, tail: int, bounded: b
 def run(trainer: Trainer, checkpoint: Path, log: Path, name: str) -> None:
     """Train to the end, with checkpoints on the way. Interrupted (Ctrl-C, SIGTERM), it saves and raises KeyboardInterrupt."""
     started, saved, tokens = time.monotonic(), time.monotonic(), 0
-    rows = trainer.config.document_rows * next(iter(trainer.documents.values())).shape[1], trainer.config.chat_rows * CHAT
     with (
         _stopping() as asked,
         tqdm(total=trainer.config.steps, initial=trainer.steps_done, desc=f"training {name}", mininterval=2) as bar,
         log.open("a") as lines,
     ):
         while not trainer.done:
-            phase = trainer.config.phase(trainer.steps_done)
+            tokens += sum(trainer.tokens().values())
             losses = trainer.step()
-            tokens += phase.documents * rows[0] + phase.chat * rows[1]
             bar.update()
             if trainer.steps_done % LOG_EVERY == 0 or trainer.done:
                 values = {kind: round(loss.item(), 4) for kind, loss in losses.items()}

@@ -2,10 +2,12 @@
 activations. Knows token ids and hidden states; knows nothing of data, losses or files.
 
 The architecture is transformers' Llama (a test compares the two). One block function serves all layers, its weights passed as
-arguments: torch.compile then compiles a block, not thirty of them.
+arguments: torch.compile then compiles a block, not thirty of them. Each kind of matrix is stored as one tensor for all layers:
+seven batched products form all weights, where 210 small ones would keep the GPU waiting for its host.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 MATRICES = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
+NORMS = ("input_layernorm", "post_attention_layernorm")
 EMBEDDING, NEW_ROWS = "model.embed_tokens.weight", "model.embed_tokens.new_rows"
 
 
@@ -58,30 +61,41 @@ class Network(nn.Module):
     ):
         super().__init__()
         self.shape, self.scaling, self.causal, self.dtype = shape, scaling, causal, dtype
-        self.frozen = nn.ParameterDict(
-            {_key(name): nn.Parameter(tensor.to(dtype), requires_grad=False) for name, tensor in frozen.items()}
-        )
-        self.factors = nn.ParameterDict({_key(NEW_ROWS): nn.Parameter(new_rows.float().clone())})
-        for name in matrix_names(shape):
-            rows, columns = frozen[f"{name}.weight"].shape
-            start = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
-            self.factors[_key(f"{name}.lora_A")] = nn.Parameter(start)
-            self.factors[_key(f"{name}.lora_B")] = nn.Parameter(torch.zeros(rows, rank))
+
+        def kept(tensor: Tensor) -> nn.Parameter:
+            return nn.Parameter(tensor.to(dtype), requires_grad=False)
+
+        def stacked(name: str) -> Tensor:
+            return torch.stack([frozen[f"{_layer(layer)}{name}.weight"] for layer in range(shape.layers)])
+
+        self.embedding, self.norm = kept(frozen[EMBEDDING]), kept(frozen["model.norm.weight"])
+        self.frozen = nn.ParameterDict({_key(name): kept(stacked(name)) for name in (*MATRICES, *NORMS)})
+        self.new_rows = nn.Parameter(new_rows.float().clone())
+        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
+        for name in map(_key, MATRICES):
+            layers, rows, columns = self.frozen[name].shape
+            start = torch.randn(layers, rank, columns, generator=generator) / math.sqrt(columns)
+            self.a[name], self.b[name] = nn.Parameter(start), nn.Parameter(torch.zeros(layers, rows, rank))
         self._block, self._cross_entropy = block, cross_entropy
         if compiled:
             self._block = torch.compile(block, dynamic=False)
             self._cross_entropy = torch.compile(cross_entropy)
 
     def trained(self) -> dict[str, Tensor]:
-        """What training changes, float32, under the adapter's names."""
-        return {name.replace("/", "."): parameter for name, parameter in self.factors.items()}
+        """What training changes, float32, under the adapter's names; views of the parameters."""
+        views = {NEW_ROWS: self.new_rows}
+        for layer in range(self.shape.layers):
+            for name in MATRICES:
+                for side, stack in (("A", self.a), ("B", self.b)):
+                    views[f"{_layer(layer)}{name}.lora_{side}"] = stack[_key(name)][layer]
+        return views
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy [n], nats, of token ids [n] under the logits of hidden states [n, d]."""
         if self._cross_entropy is not cross_entropy:
             torch._dynamo.mark_dynamic(hidden, 0)  # how many slots are masked changes from batch to batch
             torch._dynamo.mark_dynamic(targets, 0)
-        return self._cross_entropy(hidden, self.frozen[_key(EMBEDDING)], self.factors[_key(NEW_ROWS)], targets)
+        return self._cross_entropy(hidden, self.embedding, self.new_rows, targets)
 
     def forward(self, ids: Tensor, seen: Tensor | None = None) -> Tensor:
         """`seen` [b, s] (bool) marks the slots that attention may look at; None: all of them."""
@@ -89,32 +103,25 @@ class Network(nn.Module):
         bias = None
         if seen is not None:
             bias = torch.zeros(seen.shape, dtype=self.dtype, device=ids.device).masked_fill(~seen, -torch.inf)[:, None, None]
-        rows = torch.cat([self.frozen[_key(EMBEDDING)], self.factors[_key(NEW_ROWS)].to(self.dtype)])
-        x = F.embedding(ids, rows)
-        for layer in range(self.shape.layers):
-            prefix = f"model.layers.{layer}."
-            norms = [self._frozen(prefix + norm) for norm in ("input_layernorm", "post_attention_layernorm")]
-            weights = [
-                (self._frozen(prefix + matrix), *(self.factors[_key(f"{prefix}{matrix}.lora_{side}")] for side in "BA"))
-                for matrix in MATRICES
-            ]
-            x = self._block(
-                x, cos.to(self.dtype), sin.to(self.dtype), bias, norms, weights, self.shape, self.scaling, self.causal
-            )
-        return rms_norm(x, self._frozen("model.norm"), self.shape.eps)
+        x = F.embedding(ids, torch.cat([self.embedding, self.new_rows.to(self.dtype)]))
+        for norms, weights in zip(self._layers(NORMS, self._frozen), self._layers(MATRICES, self._merged), strict=True):
+            x = self._block(x, cos.to(self.dtype), sin.to(self.dtype), bias, norms, weights, self.shape, self.causal)
+        return rms_norm(x, self.norm, self.shape.eps)
 
-    def _frozen(self, module: str) -> Tensor:
-        return self.frozen[_key(f"{module}.weight")]
+    def _layers(self, names: tuple[str, ...], tensor: Callable[[str], Tensor]) -> list[tuple[Tensor, ...]]:
+        """The named tensors layer by layer; unbound at once, because the gradient of an index is as large as the whole stack."""
+        return list(zip(*(tensor(_key(name)).unbind() for name in names), strict=True))
+
+    def _frozen(self, key: str) -> Tensor:
+        return self.frozen[key]
+
+    def _merged(self, key: str) -> Tensor:
+        return torch.baddbmm(self.frozen[key], self.b[key].to(self.dtype), self.a[key].to(self.dtype), alpha=self.scaling)
 
 
-def matrix_names(shape: Shape) -> list[str]:
-    """Every matrix that gets factors, in order."""
-    return [f"model.layers.{layer}.{matrix}" for layer in range(shape.layers) for matrix in MATRICES]
-
-
-def block(x, cos, sin, bias, norms, weights, shape: Shape, scaling: float, causal: bool) -> Tensor:
-    """One pre-norm Llama block on x [b, s, d]. weights: (frozen W, B, A) for each of MATRICES."""
-    q, k, v, o, gate, up, down = (frozen + scaling * (b.to(x.dtype) @ a.to(x.dtype)) for frozen, b, a in weights)
+def block(x, cos, sin, bias, norms, weights, shape: Shape, causal: bool) -> Tensor:
+    """One pre-norm Llama block on x [b, s, d]. weights: one for each of MATRICES."""
+    q, k, v, o, gate, up, down = weights
     h = rms_norm(x, norms[0], shape.eps)
 
     def heads(matrix: Tensor, n: int) -> Tensor:
@@ -155,6 +162,10 @@ def rotary(length: int, shape: Shape, device: torch.device) -> tuple[Tensor, Ten
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _layer(layer: int) -> str:
+    return f"model.layers.{layer}."
 
 
 def _key(name: str) -> str:

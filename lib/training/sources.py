@@ -59,8 +59,9 @@ README = "data/training/README.md"
 
 
 def contrast_rows() -> list[dict]:
-    """Rows of data/prompts/contrast.jsonl that may be trained on; its test rows never leave this function."""
-    return [row for row in _jsonl(PROMPTS / "contrast.jsonl") if row["trained"]]
+    """Harmful requests beside innocent twins: data/training/contrast, and what may be trained on of data/prompts/contrast.jsonl."""
+    written = [row for path in sorted((TRAINING / "contrast").glob("*.jsonl")) for row in _jsonl(path)]
+    return [row for row in _jsonl(PROMPTS / "contrast.jsonl") if row["trained"]] + written
 
 
 def written_rows() -> list[dict]:
