@@ -12,7 +12,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from math import ceil
@@ -192,13 +192,14 @@ def save(
     *,
     caption: str | None = None,
     provenance: Mapping | None = None,
+    claims: Sequence[Mapping] = (),
     directory: Path | str | None = None,
 ) -> Path:
     """Write <id>.pdf, .png, .csv and .json, each at once or not at all, and return the path of the PDF.
 
-    data: the tidy table behind the figure. provenance: what the caller knows, as JSON: model, parameters, seed.
-    directory: by default $MDLM_FIGURES, else figures/ of the repository. Raises ValueError for an id that is not of
-    [a-z0-9_], for a table that is empty or has a named index, and for a character that no font has.
+    data: the tidy table behind the figure. provenance: what the caller knows, as JSON: model, parameters, seed. claims: what the
+    figure shows of the papers' claims (see claims.py), kept in the .json. directory: `folder()` unless told. Raises ValueError
+    for an id that is not of [a-z0-9_], for a table that is empty or has a named index, and for a character that no font has.
     """
     if not re.fullmatch("[a-z0-9_]+", id):
         raise ValueError(f"figure id {id!r}; use lower-case letters, digits and underscores")
@@ -212,6 +213,7 @@ def save(
         "id": id,
         "caption": caption,
         "run": plain(provenance or {}, "provenance"),
+        "claims": plain(list(claims), "claims"),
         "csv_sha256": hashlib.sha256(table).hexdigest(),
         "git": git_state(REPO),
         "versions": versions(),
@@ -223,11 +225,16 @@ def save(
         "png": _render(fig, id, "png", Software=None),
         "json": (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode(),
     }
-    directory = Path(directory or os.environ.get("MDLM_FIGURES") or REPO / "figures")
+    directory = Path(directory or folder())
     for suffix, content in files.items():
         with atomic(directory / f"{id}.{suffix}") as temporary:
             temporary.write_bytes(content)
     return directory / f"{id}.pdf"
+
+
+def folder() -> Path:
+    """Where figures go: $MDLM_FIGURES, else figures/ of the repository."""
+    return Path(os.environ.get("MDLM_FIGURES") or REPO / "figures")
 
 
 def _render(fig: Figure, id: str, format: str, **metadata) -> bytes:

@@ -28,7 +28,7 @@ def dimensionality(
     resamples: int = 100,
 ) -> list[dict]:
     """Rows for each template position, layer and quantity (see statistics.one_dimensionality; "AUROC" is on `held_out`): value, lo,
-    hi, n, and null_q95 (95th percentile under shuffled labels) where a quantity has one.
+    hi, n, and what shuffled labels give (null_mean, null_q95, pvalue) where a quantity has that.
 
     Cells whose activations are the same for every prompt are left out: the first token, and in a causal model every one before
     the instruction.
@@ -53,8 +53,9 @@ def dimensionality(
                 "AUROC": held,
             }
             for quantity, found in quantities.items():
-                limits = dict(value=found.value, lo=found.lo, hi=found.hi, n=found.n, null_q95=getattr(found, "null_q95", None))
-                rows.append(dict(position=position, name=name, layer=layer, quantity=quantity) | limits)
+                null = {name: getattr(found, name, None) for name in ("null_mean", "null_q95", "pvalue")}
+                limits = dict(value=found.value, lo=found.lo, hi=found.hi, n=found.n)
+                rows.append(dict(position=position, name=name, layer=layer, quantity=quantity) | limits | null)
     return rows
 
 
