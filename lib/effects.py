@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from .baselines import PLAIN, Asking
 from .evaluation import divergence, first_slots, is_refusal, nats_per_token, refusal_log_odds, repetition
 from .extraction import Candidates, Direction
 from .models import LanguageModel
@@ -26,11 +27,20 @@ FEWEST = 5
 
 
 def compare(
-    lm: LanguageModel, scorer: LanguageModel, conditions: Mapping[str, Draws], prompts: Prompts, seed: int = 0, **decoding
+    lm: LanguageModel,
+    scorer: LanguageModel,
+    conditions: Mapping[str, Draws],
+    prompts: Prompts,
+    seed: int = 0,
+    asking: Mapping[Language, Asking] | None = None,
+    **decoding,
 ) -> pd.DataFrame:
-    """Rows of `measure` for every condition, language and side of `prompts`; `scorer` is a causal model that judges fluency."""
+    """Rows of `measure` for every condition, language and side of `prompts`; `scorer` is a causal model that judges fluency.
+
+    `asking`: how requests are put, by language; as they stand by default.
+    """
     cells = [dict(language=language, side=side) for language, sides in prompts.items() for side in sides]
-    inputs = dict(lm=lm, scorer=scorer, prompts=prompts, seed=seed, **decoding)
+    inputs = dict(lm=lm, scorer=scorer, prompts=prompts, seed=seed, asking=asking or {}, **decoding)
     tables = [
         sweep("effect", measure, cells, draws=draws, **inputs).assign(condition=name) for name, draws in conditions.items()
     ]
@@ -45,21 +55,25 @@ def measure(
     draws: Draws,
     prompts: Prompts,
     seed: int = 0,
+    asking: Mapping[Language, Asking] | None = None,
     **decoding,
 ) -> list[dict]:
     """One row a prompt, in order: refused (bool), log_odds (one-forward refusal score), nats a token under `scorer`, repetition,
-    divergence from the unsteered model (nats, first slots), empty (bool) and the response's text.
+    divergence from the model without steering, asked plainly (nats, first slots), empty (bool) and the response's text.
+
+    Fluency is judged behind the plain request. Slots that `asking` gives count in the response, not in log_odds and divergence.
 
     The text of a response to a harmful request is not kept: an unrefused one has no place in a results table.
     """
-    instructions = prompts[language][side]
+    instructions, way = prompts[language][side], (asking or {}).get(language, PLAIN)
     rows = {}
     for draw, interventions in enumerate(draws):
         mine = range(draw, len(instructions), len(draws))
         asked = [instructions[i] for i in mine]
-        texts = respond(lm, asked, interventions, seed, **decoding)
+        put = [way.instruction(request) for request in asked]
+        texts = respond(lm, put, interventions, seed, given=way.tokens(lm), **decoding)
         plain = first_slots(lm, asked)
-        steered = first_slots(lm, asked, interventions) if interventions else plain
+        steered = first_slots(lm, put, interventions) if interventions or put != asked else plain
         columns = dict(
             prompt=mine,
             draw=[draw] * len(asked),

@@ -102,10 +102,9 @@ def enter(lm: LanguageModel, ids: Tensor, layer: int, attention_mask: Tensor | N
 def resume(lm: LanguageModel, entry: Entry) -> Tensor:
     """Final normed hidden states [b, s, d] of the pass that `entry` belongs to, aligned as in `LanguageModel.hidden`."""
     h = entry.h
-    with torch.no_grad():
-        for block in lm.model.model.layers[entry.layer :]:
-            h = block(h, **entry.arguments)
-        return lm.align(lm.model.model.norm(h))
+    for block in lm.model.model.layers[entry.layer :]:
+        h = block(h, **entry.arguments)
+    return lm.align(lm.model.model.norm(h))
 
 
 class _AllCaptured(Exception):

@@ -72,14 +72,13 @@ class LanguageModel:
         positions = None
         if attention_mask is not None and self.family.positions == "unpadded":
             positions = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)[:, -ids.shape[1] :]
-        with torch.no_grad():
-            out = self.model.model(
-                ids,
-                attention_mask=attention_mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
+        out = self.model.model(
+            ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
         return out.last_hidden_state
 
     def hidden(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -93,8 +92,7 @@ class LanguageModel:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] of hidden states [..., d]."""
-        with torch.no_grad():
-            return self.model.lm_head(hidden.contiguous())  # a slice would be multiplied as a batch, several times slower
+        return self.model.lm_head(hidden.contiguous())  # a slice would be multiplied as a batch, several times slower
 
     def logits(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [b, s, vocab] of token ids [b, s]; `logits[:, i]` scores position i in every family."""

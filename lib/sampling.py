@@ -130,14 +130,18 @@ def sample(
     seed: int | Sequence[int] = 0,
     decoding: Decoding | None = None,
     trace: bool = False,
+    given: Sequence[int | None] = (),
     **changes,
 ) -> Sample:
     """Decode responses to left-padded prompts [b, s], steered by `interventions` at every step that their scopes allow.
 
-    `decoding` defaults to the family's own; `changes` are fields of Decoding. In the fast mode row i draws from seed + i (or
-    seed[i]). Raises DecodingError when the settings do not fit the model: a diffusion sampler needs a mask token.
+    `decoding` defaults to the family's own; `changes` are fields of Decoding. `given`: tokens that stand in the first response
+    slots from the start, None where a slot is open. In the fast mode row i draws from seed + i (or seed[i]).
+    Raises DecodingError when the settings do not fit the model: a diffusion sampler needs a mask token, and only a masked
+    model can fill gaps between given tokens.
     """
     decoding = Decoding.of(lm, **changes) if decoding is None else replace(decoding, **changes)
+    _check_given(lm, given, decoding)
     if lm.causal != (decoding.remasking == "autoregressive"):
         kind = "autoregressive and has no mask token" if lm.causal else "a masked diffusion model"
         raise DecodingError(
@@ -151,7 +155,14 @@ def sample(
         stack.enter_context(torch.inference_mode())
         at = stack.enter_context(steering(lm, interventions))
         draws = _Draws(seed, len(prompt_ids), decoding.exact, lm.device)
-        return run(lm, prompt_ids.to(lm.device), attention_mask, at, draws, decoding, trace)
+        return run(lm, prompt_ids.to(lm.device), attention_mask, at, draws, decoding, trace, given)
+
+
+def _check_given(lm: LanguageModel, given: Sequence[int | None], decoding: Decoding) -> None:
+    if len(given) > decoding.gen_length or len(given) == decoding.gen_length and None not in given:
+        raise DecodingError(f"{len(given)} given slots leave nothing to write in gen_length {decoding.gen_length}")
+    if lm.causal and None in given:
+        raise DecodingError(f"{lm.name} writes from left to right: given tokens must come first, without gaps")
 
 
 def respond(
@@ -165,13 +176,14 @@ def respond(
 ) -> list[str]:
     """Responses (text) to instructions, in their order; batches are of similar length, and `progress` names a progress bar.
 
-    `changes` are fields of Decoding; the fast mode is the default here, so that a response does not depend on its batch.
+    `changes` are fields of Decoding, or `given` (see `sample`); the fast mode is the default here, so that a response does not
+    depend on its batch.
     """
     texts: dict[int, str] = {}
     with tqdm(total=len(instructions), desc=progress, disable=progress is None, mininterval=1, leave=False) as bar:
         for rows in batches(lm, instructions, batch_size):
             prompt_ids, attention_mask = encode(lm, [instructions[i] for i in rows])
-            settings = {"exact": False} | changes
+            settings = {"exact": False} | changes  # `given` among them goes on to `sample`
             seeds = seed if settings["exact"] else [seed + i for i in rows]
             out = sample(lm, prompt_ids, attention_mask, interventions, seeds, **settings)
             texts |= zip(rows, decode(lm, out.response), strict=True)
@@ -194,22 +206,23 @@ def time_grid(steps: int, eps: float = 1e-3) -> Tensor:
     return torch.cat([1 - t[1:-1] / t[:-2], torch.ones(1)])
 
 
-def _plan(decoding: Decoding) -> list[tuple[int, int, int]]:
-    """(block, masked slots of that block before the step, slots to commit) for each step; for `origin` the counts are random."""
+def _plan(decoding: Decoding, n_open: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(block, masked slots of that block before the step, slots to commit) for each step; for `origin` the counts are random.
+
+    n_open: masked slots of each block at the start.
+    """
     if decoding.remasking not in DREAM:
         counts = [
-            (b, c)
-            for b in range(decoding.n_blocks)
-            for c in transfer_counts(decoding.block_length, decoding.steps // decoding.n_blocks)
+            (b, c) for b in range(decoding.n_blocks) for c in transfer_counts(n_open[b], decoding.steps // decoding.n_blocks)
         ]
     elif decoding.remasking == "origin":
-        return [(0, decoding.gen_length, 0)] * decoding.steps
+        return [(0, n_open[0], 0)] * decoding.steps
     else:
-        counts, left = [], decoding.gen_length
+        counts, left = [], n_open[0]
         for share in time_grid(decoding.steps):  # float32 and floored, as in the published code
             counts.append((0, int(torch.tensor(float(left)) * share)))
             left -= counts[-1][1]
-    plan, left = [], dict.fromkeys(range(decoding.n_blocks), decoding.block_length)
+    plan, left = [], list(n_open)
     for block, count in counts:
         plan.append((block, left[block], count))
         left[block] -= count
@@ -219,24 +232,29 @@ def _plan(decoding: Decoding) -> list[tuple[int, int, int]]:
 # --- masked diffusion ---------------------------------------------------------------------------------------------------------
 
 
-def _reverse_diffusion(lm, prompt_ids, attention_mask, at, draws, decoding, trace) -> Sample:
+def _reverse_diffusion(lm, prompt_ids, attention_mask, at, draws, decoding, trace, tokens_given) -> Sample:
     b, prompt_length = prompt_ids.shape
-    ids = torch.cat([prompt_ids, prompt_ids.new_full((b, decoding.gen_length), lm.mask_id)], dim=1)
+    canvas = [lm.mask_id if token is None else token for token in tokens_given]
+    canvas = prompt_ids.new_tensor(canvas + [lm.mask_id] * (decoding.gen_length - len(canvas)))
+    ids = torch.cat([prompt_ids, canvas.expand(b, -1)], dim=1)
     if attention_mask is not None:
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(b, decoding.gen_length)], dim=1)
     codes = regions(lm, ids, attention_mask, prompt_length)
     open_slots = torch.zeros_like(ids, dtype=torch.bool)
-    open_slots[:, prompt_length:] = True  # still to be committed; a mask token inside the prompt is left as it is
+    open_slots[:, prompt_length:] = canvas == lm.mask_id  # still to be committed; a mask inside the prompt is left as it is
+    n_open = (canvas == lm.mask_id).view(decoding.n_blocks, -1).sum(1).tolist()
     given = ids != lm.mask_id  # what guidance hides from the unconditional half
     random_order, n_forward, steps = decoding.remasking == "origin", 0, []
-    for step, (block, n_open, count) in enumerate(_plan(decoding)):
+    for step, (block, n_left, count) in enumerate(_plan(decoding, n_open)):
         if not (decoding.exact or count or random_order):
             continue
+        if not n_open[block]:
+            continue  # it was given whole
         at(StepState(codes, ids == lm.mask_id, step, decoding.steps, block, decoding.n_blocks))
         first = prompt_length + block * decoding.block_length
         # The open slots of this block, in order; their number is known beforehand, so nothing waits for the device.
         in_block = open_slots[:, first : first + decoding.block_length].byte()
-        slots = in_block.argsort(dim=1, descending=True, stable=True)[:, :n_open] + first
+        slots = in_block.argsort(dim=1, descending=True, stable=True)[:, :n_left] + first
         logits = _logits_at(lm, ids, attention_mask, slots, given, decoding.cfg_scale)
         n_forward += 1
         if random_order:
@@ -347,7 +365,7 @@ def _at(x: Tensor, slots: Tensor) -> Tensor:
 # --- the autoregressive control -----------------------------------------------------------------------------------------------
 
 
-def _autoregression(lm, prompt_ids, attention_mask, at, draws, decoding, trace) -> Sample:
+def _autoregression(lm, prompt_ids, attention_mask, at, draws, decoding, trace, tokens_given) -> Sample:
     """Left to right with a key-value cache, by the same scopes: a step is a token, and a cached position was steered when read."""
     b, prompt_length = prompt_ids.shape
     ids = torch.cat([prompt_ids, prompt_ids.new_full((b, decoding.gen_length), lm.pad_id)], dim=1)
@@ -364,6 +382,8 @@ def _autoregression(lm, prompt_ids, attention_mask, at, draws, decoding, trace) 
         seen = None if attention_mask is None else attention_mask[:, :end]
         probabilities = _filtered(lm.head(lm.trunk(ids[:, read:end], seen, cache)[:, -1:]), decoding).softmax(-1)
         tokens = (draws.categorical(probabilities) if decoding.temperature > 0 else probabilities.argmax(-1))[:, 0]
+        if step < len(tokens_given):
+            tokens = torch.full_like(tokens, tokens_given[step])
         ids[:, end] = torch.where(finished, lm.pad_id, tokens)
         n_forward, read = n_forward + 1, end
         if trace:

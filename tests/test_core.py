@@ -273,6 +273,34 @@ def test_the_mask_token_is_never_committed(llama_mdlm, n_blocks, block_length, s
     assert torch.equal(out.ids[:, :7], prompts())
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    pattern=st.lists(st.booleans(), min_size=1, max_size=8).filter(lambda pattern: len(pattern) < 8 or not all(pattern)),
+    remasking=st.sampled_from(["low_confidence", "random", "origin", "maskgit_plus"]),
+    exact=st.booleans(),
+)
+def test_given_tokens_stay_and_gaps_are_filled(llama_mdlm, pattern, remasking, exact):
+    tokens = [7 + i if there else None for i, there in enumerate(pattern)]
+    block_length = 4 if remasking in ("low_confidence", "random") else 8
+    settings = dict(gen_length=8, block_length=block_length, steps=8, remasking=remasking, exact=exact)
+    out = sample(llama_mdlm, prompts(), trace=True, given=tokens, **settings)
+    for slot in range(8):
+        fixed = slot < len(tokens) and tokens[slot] is not None
+        assert (out.response[:, slot] == tokens[slot]).all() if fixed else (out.response[:, slot] != llama_mdlm.mask_id).all()
+        assert (out.trace.committed[:, :, slot].sum(0) == (0 if fixed else 1)).all()
+
+
+def test_a_given_beginning_is_as_good_as_read(llama):
+    beginning = [9, 11, 3]
+    longer = torch.cat([prompts(), torch.tensor([beginning] * len(prompts()))], 1)
+    out = sample(llama, prompts(), given=beginning, gen_length=8)
+    assert torch.equal(out.ids, sample(llama, longer, gen_length=5).ids)
+    with pytest.raises(DecodingError, match="without gaps"):
+        sample(llama, prompts(), given=[9, None, 3])
+    with pytest.raises(DecodingError, match="leave nothing to write"):
+        sample(llama, prompts(), given=[9] * 8, gen_length=8)
+
+
 @given(st.integers(0, 200), st.integers(1, 50))
 def test_transfer_counts_sum_and_fall(n_masked, steps):
     counts = transfer_counts(n_masked, steps)
