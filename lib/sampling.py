@@ -159,7 +159,7 @@ def sample(
 
 
 def _check_given(lm: LanguageModel, given: Sequence[int | None], decoding: Decoding) -> None:
-    if len(given) > decoding.gen_length or len(given) == decoding.gen_length and None not in given:
+    if len(given) > decoding.gen_length or (len(given) == decoding.gen_length and None not in given):
         raise DecodingError(f"{len(given)} given slots leave nothing to write in gen_length {decoding.gen_length}")
     if lm.causal and None in given:
         raise DecodingError(f"{lm.name} writes from left to right: given tokens must come first, without gaps")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lib.baselines import OPENING, SUPPRESSION, TEMPLATE, Asking, _Canvas, suffix_search
+from lib.baselines import NEUTRAL, OPENING, SUPPRESSION, TEMPLATE, Asking, _Canvas, random_suffix, suffix_search
 from lib.effects import measure
 from lib.prompts import encode
 from lib.sampling import sample
@@ -22,7 +22,7 @@ def test_asking_puts_text_and_tokens(chatty_mdlm):
     spelled = chatty_mdlm.tokenizer("noab").input_ids
     assert asking.tokens(chatty_mdlm) == [*spelled[:2], None, None, *spelled[2:]]
     assert Asking().instruction("x") == "x" and Asking().tokens(chatty_mdlm) == []
-    for ways in (SUPPRESSION, OPENING, TEMPLATE):
+    for ways in (SUPPRESSION, OPENING, NEUTRAL, TEMPLATE):
         assert set(ways) == {"en", "zh"}
 
 
@@ -57,14 +57,16 @@ def test_the_gradient_is_the_slope_of_the_loss(lm):
 
 def test_the_search_only_gets_better_and_counts_its_cost(lm):
     found = suffix_search(lm, REQUESTS, "ok", n_tokens=4, steps=6, n_candidates=8, n_best=16)
-    assert len(found.losses) == 6 and list(found.losses) == sorted(found.losses, reverse=True)
-    start = _Canvas(lm, REQUESTS, lm.tokenizer("ok").input_ids).losses(torch.full((1, 4), lm.tokenizer("!").input_ids[0]), 8)
-    assert found.losses[-1] < start.item()
-    again = _Canvas(lm, REQUESTS, lm.tokenizer("ok").input_ids).losses(torch.tensor([lm.tokenizer(found.text).input_ids]), 8)
-    assert again.item() == pytest.approx(found.losses[-1], abs=1e-4)  # what the text scores is what was found
-    assert found.n_backward == 6 * 2 and 2 + 6 * 4 <= found.n_forward <= 2 + 6 * 9 * 2
-    assert found == suffix_search(lm, REQUESTS, "ok", n_tokens=4, steps=6, n_candidates=8, n_best=16)
-    assert found.asking.instruction("x") == f"x{found.text}"
+    losses = found["losses"]
+    assert len(losses) == 6 and losses == sorted(losses, reverse=True)
+    canvas = _Canvas(lm, REQUESTS, lm.tokenizer("ok").input_ids)
+    assert losses[-1] < canvas.losses(torch.full((1, 4), lm.tokenizer("!").input_ids[0]), 8).item()
+    again = canvas.losses(torch.tensor([lm.tokenizer(found["text"]).input_ids]), 8)
+    assert again.item() == pytest.approx(losses[-1], abs=1e-4)  # what the text scores is what was found
+    assert found["n_backward"] == 6 * 2 and 2 + 6 * 4 <= found["n_forward"] <= 2 + 6 * 9 * 2
+    assert found["text"] == suffix_search(lm, REQUESTS, "ok", n_tokens=4, steps=6, n_candidates=8, n_best=16)["text"]
+    control = random_suffix(lm, 4, seed=1)
+    assert len(lm.tokenizer(control).input_ids) == 4 and control != random_suffix(lm, 4, seed=2)
 
 
 def test_conditions_can_be_asked_in_another_way(chatty_mdlm, chatty):

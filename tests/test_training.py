@@ -7,8 +7,10 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -325,6 +327,32 @@ def test_no_test_row_is_trained_on(pairs):
             hidden |= {row[key] for key in ("en_harmful", "en_harmless", "zh_harmful", "zh_harmless") if row[key]}
     assert len(hidden) > 1000 and not [prompt for prompt in prompts if prompt.endswith(tuple(hidden))]
     assert not any("TRAP" in prompt or "测试行甲" in prompt for prompt in prompts)
+
+
+def test_no_written_request_is_close_to_a_test_row():
+    """Near-duplicates count too: no row of the project's own shares half of its character n-grams with a test row."""
+
+    def grams(text: str, n: int) -> set[str]:
+        text = re.sub(r"\W+", "", text.lower())
+        return {text[i : i + n] for i in range(max(1, len(text) - n + 1))}
+
+    tests = [row for row in sources._jsonl(PROMPTS / "contrast.jsonl") if not row["trained"]]
+    frames, written = sources._jsonl(PROMPTS / "frames.jsonl"), sources._jsonl_of(sources.TRAINING / "contrast")
+    assert len(written) > 3000
+    for language, n in (("en", 5), ("zh", 3)):
+        hidden = [row[f"{language}_{side}"] for row in tests for side in ("harmful", "harmless") if row[f"{language}_{side}"]]
+        hidden += [row[f"{language}_{side}"] for row in frames for side in ("harmful", "twin", "plain")]
+        sets, index = [grams(text, n) for text in hidden], defaultdict(set)
+        for number, of_text in enumerate(sets):
+            for gram in of_text:
+                index[gram].add(number)
+        requests = [row[f"{language}_{side}"] for row in written for side in ("harmful", "harmless")]
+        requests += [row[f"{language}_prompt"] for row in sources.written_rows()]
+        for request in requests:
+            mine = grams(request, n)
+            shared = Counter(number for gram in mine for number in index[gram])
+            for number, common in shared.most_common(1):
+                assert common < 0.5 * len(mine | sets[number]), (request, hidden[number])
 
 
 def test_harmful_requests_are_only_ever_refused(pairs):

@@ -60,13 +60,12 @@ README = "data/training/README.md"
 
 def contrast_rows() -> list[dict]:
     """Harmful requests beside innocent twins: data/training/contrast, and what may be trained on of data/prompts/contrast.jsonl."""
-    written = [row for path in sorted((TRAINING / "contrast").glob("*.jsonl")) for row in _jsonl(path)]
-    return [row for row in _jsonl(PROMPTS / "contrast.jsonl") if row["trained"]] + written
+    return [row for row in _jsonl(PROMPTS / "contrast.jsonl") if row["trained"]] + _jsonl_of(TRAINING / "contrast")
 
 
 def written_rows() -> list[dict]:
     """Harmless requests with answers, written for training: id, en_prompt, en_answer, zh_prompt, zh_answer."""
-    return [row for path in sorted(TRAINING.glob("*.jsonl")) for row in _jsonl(path)]
+    return _jsonl_of(TRAINING)
 
 
 def phrases() -> dict:
@@ -95,6 +94,10 @@ def _gloss(part: str) -> str:
         return ""
     gloss = re.sub(r"\([^)]*\)|\[[^\]]*\]", "", part).strip()
     return "" if HAN.search(gloss) else gloss
+
+
+def _jsonl_of(folder: Path) -> list[dict]:
+    return [row for path in sorted(folder.glob("*.jsonl")) for row in _jsonl(path)]
 
 
 def _jsonl(path: Path) -> list[dict]:
