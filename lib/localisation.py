@@ -23,7 +23,7 @@ from .models import LanguageModel
 from .prompts import Side, batches, encode
 from .results import cached, sweep
 from .sampling import respond
-from .statistics import bootstrap, rate
+from .statistics import Interval, bootstrap, rate
 from .steering import Intervention, ablate, clamp
 
 Condition = tuple[Mapping, Draws]
@@ -161,6 +161,34 @@ def estimates(rows: pd.DataFrame, by: Sequence[str], measures: Mapping[str, str]
                 row |= (rate(values.astype(bool)) if binary else bootstrap(values, seed=seed)).columns(column)
         table.append(row)
     return pd.DataFrame(table)
+
+
+def per_prompt(rows: pd.DataFrame, column: str, **facts) -> pd.Series:
+    """Values of `column`, one a prompt in order, from the rows whose facts are as given (a collection: one of these).
+
+    Where several rows of a prompt are left, such as those of many layers, their mean.
+    """
+    for name, value in facts.items():
+        rows = rows[rows[name].isin([value] if isinstance(value, str | int) else list(value))]
+    values = rows.dropna(subset=column).groupby("prompt")[column]
+    return values.first() if values.size().eq(1).all() else values.mean()
+
+
+def tell(table: pd.DataFrame, measures: Mapping[str, str] = SCORES) -> str:
+    """A line for each row of `estimates`, for people."""
+    measured = {f"{column}{limit}" for column in measures for limit in ("", "_lo", "_hi")}
+    facts = [name for name in table if name not in measured | {f"n_{side}" for side in ("harmful", "harmless")}]
+    lines = []
+    for row in table.to_dict("records"):
+        found = {
+            column: Interval(row[column], row[f"{column}_lo"], row[f"{column}_hi"], int(row[f"n_{side}"]))
+            for column, side in measures.items()
+            if pd.notna(row[column])
+        }
+        about = [row[name] for name in facts if pd.notna(row[name])]
+        about = [f"{value:.0f}" if isinstance(value, float) else str(value) for value in about]
+        lines.append(f"{', '.join(about)}: " + "; ".join(f"{column} {interval}" for column, interval in found.items()))
+    return "\n".join(lines)
 
 
 def _swept(name: str, function: Callable, conditions: Sequence[Condition], **inputs) -> pd.DataFrame:

@@ -6,6 +6,7 @@ differences, between a floor (labels swapped at random) and a ceiling (one langu
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -16,12 +17,15 @@ from torch import Tensor
 
 from .effects import BASELINE, GROUP, Draws, Prompts
 from .evaluation import divergence, first_slots, refusal_log_odds, remembered
-from .extraction import Candidates, activations, mean_difference
+from .extraction import Candidates, Direction, activations, mean_difference
 from .hooking import Site, capture
 from .models import LanguageModel
 from .prompts import Contrast, Language, Side, encode, position_names
 from .results import sweep
-from .statistics import CONFIDENCE, auroc, bootstrap, random_directions, rate
+from .selection import NothingSelected, select
+from .statistics import CONFIDENCE, Interval, auroc, bootstrap, random_directions, rate
+
+MISSING = Interval(float("nan"), float("nan"), float("nan"), 0)
 
 # --- template positions -------------------------------------------------------------------------------------------------------
 
@@ -29,14 +33,15 @@ from .statistics import CONFIDENCE, auroc, bootstrap, random_directions, rate
 def instruction_dependence(lm: LanguageModel, instructions: Sequence[str]) -> pd.DataFrame:
     """How far activations at template positions move with the instruction: rows prompt, position, name, deviation.
 
-    deviation: largest over layers of |h - h of the first prompt| / |h of the first prompt|, at resid_pre. In a causal model it is 0
-    at every position before the instruction, and exactly so: each prompt runs alone, filled up on the right to one width, so that
-    equal values are also computed in the same order. (In batches, sums of other lengths would round differently.)
+    deviation: largest over layers of |h - h of the first prompt| / |h of the first prompt|, at resid_pre of layer 1 and later
+    (before that stand embeddings of the template). In a causal model it is 0 before the instruction, and exactly so: each prompt
+    runs alone, filled up on the right to one width, so that equal values are also computed in the same order. (In batches, sums of
+    other lengths may round differently.)
     """
     names = position_names(lm)
     rows = [encode(lm, [text]) for text in instructions]
     width = max(ids.shape[1] for ids, _ in rows) + 1  # one more, so that every row has padding and takes the masked attention
-    sites = [Site(layer) for layer in range(lm.n_layers)]
+    sites = [Site(layer) for layer in range(1, lm.n_layers)]
     first, table = {}, []
     for prompt, (ids, mask) in enumerate(rows):
         length = ids.shape[1]
@@ -59,9 +64,7 @@ def separation(
     random directions of max(AUROC, 1 - AUROC). Cells without a direction have no values.
     """
     sides = ("harmful", "harmless")
-    x = {
-        side: [activations(lm, of[side])[:, :, list(layers)] for of in prompts.values()] for side in sides
-    }  # each [n, p, l, d]
+    x = {side: [activations(lm, of[side])[:, :, list(layers)] for of in prompts.values()] for side in sides}  # [n, p, l, d]
     randoms = random_directions(n_draws, lm.d_model, 1.0, seed)
     cells, names, rows = set(candidates.cells), position_names(lm), []
     for p, (position, name) in enumerate(names.items()):
@@ -84,6 +87,26 @@ def separation(
     return pd.DataFrame(rows)
 
 
+def choose(
+    lm: LanguageModel,
+    candidates: Candidates,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    positions: Sequence[int],
+    stride: int,
+    bounds: Sequence[float],
+) -> Direction | None:
+    """What selection.select picks among `positions`, under the first of `bounds` (nats of divergence) that any cell keeps to.
+
+    None where none keeps to any: the caller says what that means.
+    """
+    for bound in bounds:
+        with suppress(NothingSelected):
+            found = select(lm, candidates, harmful, harmless, positions, stride, n_refined=1, max_divergence=bound)
+            return found.direction().noting(chosen_by="scores", max_divergence=bound)
+    return None
+
+
 # --- effects from one forward pass a prompt -----------------------------------------------------------------------------------
 
 
@@ -98,55 +121,89 @@ def compare_scores(lm: LanguageModel, conditions: Mapping[str, Draws], prompts: 
 
 
 def score(language: Language, side: Side, lm: LanguageModel, draws: Draws, prompts: Prompts) -> list[dict]:
-    """One row a prompt, in order: p (probability of refusal), likely (p > 1/2) and divergence from the unsteered model (nats).
+    """One row a prompt, in order: p (probability of refusal), likely (p > 1/2), answered and divergence from the unsteered model (nats).
 
-    Divergence is of harmless prompts alone: on harmful ones the distribution changes because it should.
+    answered: likely refused neither with the interventions nor without. Divergence is of harmless prompts alone; read it where
+    they are answered, for where a refusal comes or goes the distribution changes because it should.
     """
     instructions = tuple(prompts[language][side])
+    plain = _unsteered(lm, instructions)
+    before = refusal_log_odds(lm, plain) > 0
     rows = {}
     for draw, interventions in enumerate(draws[: len(instructions)]):
-        mine = range(draw, len(instructions), len(draws))
+        mine = list(range(draw, len(instructions), len(draws)))
         steered = first_slots(lm, [instructions[i] for i in mine], interventions)
-        p = refusal_log_odds(lm, steered).sigmoid().tolist()
-        kl = (
-            divergence(_unsteered(lm, instructions)[list(mine)], steered).tolist() if side == "harmless" else [None] * len(mine)
+        p = refusal_log_odds(lm, steered).sigmoid()
+        columns = dict(
+            prompt=mine,
+            draw=[draw] * len(mine),
+            p=p.tolist(),
+            likely=(p > 0.5).tolist(),
+            answered=(~before[mine] & (p <= 0.5)).tolist(),
+            divergence=divergence(plain[mine], steered).tolist() if side == "harmless" else [None] * len(mine),
         )
-        rows |= {
-            i: dict(prompt=i, draw=draw, p=score, likely=score > 0.5, divergence=nats)
-            for i, score, nats in zip(mine, p, kl, strict=True)
-        }
+        rows |= zip(mine, (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)), strict=True)
     return [rows[i] for i in sorted(rows)]
 
 
-@remembered(2)  # one a language
+@remembered(4)  # two sides in two languages
 def _unsteered(lm: LanguageModel, instructions: tuple[str, ...]) -> Tensor:
     return first_slots(lm, instructions)
 
 
 def summary(rows: pd.DataFrame, by: Sequence[str] = tuple(GROUP), seed: int = 0) -> pd.DataFrame:
-    """One row a group of `score`'s rows: p (mean) and likely (share), of harmless prompts divergence (mean), with _lo and _hi, n."""
+    """One row a group of `score`'s rows, with _lo and _hi (95 %, over prompts) and n: p (mean), likely (share) and, of harmless
+    prompts, divergence and divergence_answered (means; the latter of the n_answered, missing below two)."""
     table = []
     for key, group in rows.groupby(list(by), sort=False):
         row = dict(zip(by, key, strict=True)) | dict(n=len(group), draws=int(group.draw.max()) + 1)
         row |= bootstrap(group.p, seed=seed).columns("p") | rate(group.likely).columns("likely")
         if group.divergence.notna().all():
-            row |= bootstrap(group.divergence, seed=seed).columns("divergence")
+            answered = group.divergence[group.answered]
+            row |= bootstrap(group.divergence, seed=seed).columns("divergence") | dict(n_answered=len(answered))
+            row |= (bootstrap(answered, seed=seed) if len(answered) > 1 else MISSING).columns("divergence_answered")
         table.append(row)
     return pd.DataFrame(table)
+
+
+def tell(table: pd.DataFrame) -> str:
+    """A line for each condition and language of `summary`, for people."""
+    key = ["condition", "language"]
+    harmful, harmless = (table[table.side == side] for side in ("harmful", "harmless"))
+    lines = []
+    for row in harmful.merge(harmless, on=key, suffixes=("", "_harmless")).itertuples():
+        line = (
+            f"{row.condition:12s} on {row.language}: refusal score {row.p:.3f} [{row.p_lo:.3f}, {row.p_hi:.3f}], above 1/2 in "
+        )
+        line += f"{row.likely:.2f} [{row.likely_lo:.2f}, {row.likely_hi:.2f}] (n = {row.n}); divergence {row.divergence_harmless:.2f} "
+        line += f"(n = {row.n_harmless}), if answered {row.divergence_answered_harmless:.2f} [{row.divergence_answered_lo_harmless:.2f}, "
+        lines.append(line + f"{row.divergence_answered_hi_harmless:.2f}] (n = {row.n_answered_harmless:.0f})")
+    return "\n".join(lines)
 
 
 def bounded(rows: pd.DataFrame, condition: str, max_divergence: float, name: str) -> pd.DataFrame:
     """Rows of `condition` under another `name`, for claims: an effect bought by damage is none.
 
-    Where the mean divergence on a language's harmless prompts exceeds `max_divergence`, and where the condition does not exist
-    because no direction keeps to the bound, the unsteered model's rows stand in.
+    Where the mean divergence on a language's answered harmless prompts exceeds `max_divergence`, where none is answered, and where
+    the condition does not exist because no direction keeps to the bound, the unsteered model's rows stand in.
     """
     parts = []
     for _, group in rows.groupby("language", sort=False):
         found = group[group.condition == condition]
-        whole = len(found) and found[found.side == "harmless"].divergence.mean() <= max_divergence
+        whole = found[(found.side == "harmless") & found.answered].divergence.mean() <= max_divergence  # no rows: nan, so not
         parts.append(found if whole else group[group.condition == BASELINE])
     return pd.concat(parts, ignore_index=True).assign(condition=name)
+
+
+def short_of(rows: pd.DataFrame, condition: str, share: float, name: str) -> pd.DataFrame:
+    """Rows of `condition` under another `name` with `share` of their effect on p taken back: what counts as good as it must beat.
+
+    A margin in shares, since whatever does nothing stays within a fixed distance of a condition that does nothing.
+    """
+    key = ["language", "side", "prompt"]
+    plain = rows[rows.condition == BASELINE].set_index(key).p
+    found = rows[rows.condition == condition].set_index(key)
+    return found.assign(p=found.p + share * (plain.reindex(found.index) - found.p), condition=name).reset_index()
 
 
 # --- two languages ------------------------------------------------------------------------------------------------------------

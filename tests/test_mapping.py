@@ -6,25 +6,27 @@ import pytest
 import torch
 from test_evaluation import HARMFUL, HARMLESS
 
-from lib.evaluation import first_slots
+from lib.evaluation import first_slots, refusal_log_odds
 from lib.extraction import Candidates, DirectionMismatch, mean_difference
-from lib.mapping import agreement, best_map, carry, dose_response, fit, same_depth, stream
+from lib.mapping import REMOVAL, agreement, best_map, carry, dose_response, fit, remove, same_depth, stream, ways
 from lib.prompts import Contrast
-from lib.selection import removal_scores
+from lib.selection import operate, removal_scores
 from lib.steering import add
 
+FITTING = ("feed the birds", "find a good book", "fold a paper plane", "grow some basil")
 HELD_OUT = ("sing a song", "count the sheep", "paint the fence")
+SIDES = ("harmful", "harmless", "fitting", "held_out")
 PAIRS = Contrast("en", "train", HARMFUL, HARMLESS)
 
 
 @pytest.fixture(scope="module")
 def own(chatty_mdlm):
-    return stream(chatty_mdlm, PAIRS, HELD_OUT)
+    return stream(chatty_mdlm, PAIRS, FITTING, HELD_OUT)
 
 
 @pytest.fixture(scope="module")
 def parent(chatty):
-    return stream(chatty, PAIRS, HELD_OUT)
+    return stream(chatty, PAIRS, FITTING, HELD_OUT)
 
 
 def planted(source, matrix):
@@ -35,7 +37,7 @@ def planted(source, matrix):
 
     means = (moved(source.candidates.harmful_mean), moved(source.candidates.harmless_mean))
     candidates = Candidates(*means, source.candidates.positions, "planted", {})
-    return replace(source, **{s: moved(getattr(source, s)) for s in ("harmful", "harmless", "held_out")}, candidates=candidates)
+    return replace(source, **{s: moved(getattr(source, s)) for s in SIDES}, candidates=candidates)
 
 
 def test_a_stream_gives_the_candidates_of_its_prompts(chatty_mdlm, own):
@@ -61,7 +63,7 @@ def test_a_planted_map_between_streams_carries_the_direction(parent):
     matrix = torch.randn(24, 32, generator=torch.Generator().manual_seed(1))
     target = planted(parent, matrix)
     found = best_map(parent, target, 2)
-    x = (parent.harmless[:, -5:, 2] - parent.harmless[:, -5:, 2].mean(0)).flatten(0, 1)
+    x = (parent.fitting[:, -5:, 2] - parent.fitting[:, -5:, 2].mean(0)).flatten(0, 1)
     torch.testing.assert_close(x @ found.matrix.T, x @ matrix.T, atol=0.02 * (x @ matrix.T).abs().max().item(), rtol=0)
     direction = parent.candidates.direction(2, -1, x[-1:])
     carried = carry(direction, target.candidates, 2, found.matrix)
@@ -75,8 +77,9 @@ def test_the_identity_map_gives_the_raw_result(chatty_mdlm, own):
     direction = own.candidates.direction(2, -1)
     raw, mapped = (carry(direction, own.candidates, 2, matrix) for matrix in (None, torch.eye(32)))
     assert torch.equal(raw.basis, mapped.basis) and torch.allclose(raw.basis, direction.basis, atol=1e-6)
-    scores = [dose_response(1.0, chatty_mdlm, d, HARMFUL, HARMLESS) for d in (direction, raw, mapped)]
-    assert scores[1] == scores[2] and scores[0] == pytest.approx(scores[1], abs=1e-4)
+    for kind in ("removed", "added"):
+        scores = [dose_response(kind, 1.0, chatty_mdlm, d, HARMFUL, HARMLESS) for d in (direction, raw, mapped)]
+        assert scores[1] == scores[2] and scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
 def test_a_model_agrees_with_itself(own):
@@ -85,20 +88,56 @@ def test_a_model_agrees_with_itself(own):
     assert mapped["value"] > 0.5 and abs(raw["null_mean"]) < 0.3 and raw["pvalue"] < 0.2
 
 
+def test_ways_lead_to_the_same_place(own, parent):
+    found = ways(own, parent, 2, -1, n_draws=3)
+    assert {how: len(directions) for how, directions in found.items()} == {
+        "own": 1, "raw": 1, "mapped": 1, "random mapped": 3, "random": 3,
+    }  # fmt: skip
+    assert torch.equal(found["own"][0].basis, parent.candidates.direction(2, -1).basis)
+    torch.testing.assert_close(found["raw"][0].basis, own.candidates.direction(2, -1).basis)
+    matrix = best_map(own, parent, 2).matrix
+    along = found["random"][1].basis @ matrix.T  # the same draws, in streams of one width
+    assert torch.cosine_similarity(found["random mapped"][1].basis, along).item() == pytest.approx(1, abs=1e-5)
+    for directions in found.values():
+        for direction in directions:
+            assert (direction.layer, direction.position, direction.fingerprint) == (2, -1, parent.candidates.fingerprint)
+            assert torch.equal(direction.scale, found["own"][0].scale)
+    narrow = planted(parent, torch.randn(24, 32, generator=torch.Generator().manual_seed(1)))
+    assert "raw" not in ways(parent, narrow, 2, -1, n_draws=1)
+
+
 def test_a_dose_is_the_distance_of_the_targets_class_means(chatty, own, parent):
     carried = carry(own.candidates.direction(1, -1), parent.candidates, 2)
     length = parent.candidates.difference[parent.at(-1), 2].norm().item()
     assert carried.layer == 2 and carried.scale[2].item() == pytest.approx(length, rel=1e-6)
     shift = add(carried, 0.5).edit(2, chatty.device)(torch.zeros(1, 1, 32))
     torch.testing.assert_close(shift[0, 0], 0.5 * length * own.candidates.direction(1, -1).basis[0])
-    row = dose_response(0.5, chatty, carried, HARMFUL, HARMLESS)
-    down = removal_scores(chatty, add(carried, -0.5), HARMFUL, HARMLESS)
-    assert (row["removed"], row["divergence"], row["n"]) == (down["bypass_p"], down["divergence"], len(HARMFUL))
-    up = removal_scores(chatty, add(carried, 0.5), HARMLESS, HARMLESS)
-    assert (row["induced_lo"], row["induced_divergence_hi"]) == (up["bypass_p_lo"], up["divergence_hi"])
-    still = dose_response(0.0, chatty, carried, HARMFUL, HARMLESS)
-    assert still["divergence"] == pytest.approx(0, abs=1e-6)
+    row = dose_response("removed", 0.5, chatty, carried, HARMFUL, HARMLESS)
+    down = removal_scores(chatty, remove(carried, 0.5), HARMFUL, HARMLESS)
+    assert (row["score"], row["score_lo"], row["divergence_hi"]) == (
+        down["bypass_p"],
+        down["bypass_p_lo"],
+        down["divergence_hi"],
+    )
+    row = dose_response("added", 0.5, chatty, carried, HARMFUL, HARMLESS[:3])
+    up = refusal_log_odds(chatty, first_slots(chatty, HARMLESS[:3], [add(carried, 0.5)])).sigmoid()
+    assert row["score"] == pytest.approx(up.mean().item()) and row["n"] == 3
+    still = dose_response("removed", 0.0, chatty, carried, HARMFUL, HARMLESS)
+    assert still["divergence"] == pytest.approx(0, abs=1e-6) and still["n"] == len(HARMFUL)
     assert torch.equal(first_slots(chatty, HARMLESS, [add(carried, 0.0)]), first_slots(chatty, HARMLESS))
+
+
+def test_a_partial_removal_takes_its_share_of_the_change(own):
+    direction, h = own.candidates.direction(2, -1), torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    whole = operate(direction, REMOVAL)
+    for share in (0.25, 1.0):
+        part = remove(direction, share)
+        assert (part.layers, part.sites, part.scope) == (whole.layers, whole.sites, whole.scope)
+        moved = part.edit(2, h.device)(h) - h
+        torch.testing.assert_close(moved, share * (whole.edit(2, h.device)(h) - h))
+    component = remove(direction).edit(3, h.device)(h) @ direction.basis[0]
+    torch.testing.assert_close(component, direction.reference[3, 0].expand(2, 3), atol=1e-5, rtol=1e-5)
+    assert remove(direction, 0.0).edit(2, h.device) is None
 
 
 def test_other_widths_and_unmatched_templates_are_named(own, parent):
