@@ -77,7 +77,7 @@ def _execute_all(stale: list[Run], jobs: int, settings: Settings) -> list[tuple]
                     waiting.remove(run)
                     worker = Worker(run, settings)
                     running[worker.messages] = worker
-            for messages in wait(list(running)):
+            for messages in wait(list(running)) if running else ():  # all that was left may have been skipped
                 worker = running[messages]
                 text = worker.hear()
                 if worker.over:

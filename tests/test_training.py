@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -366,6 +367,14 @@ def test_harmful_requests_are_only_ever_refused(pairs):
     assert not [
         answer for row in sources.written_rows() for answer in (row["en_answer"], row["zh_answer"]) if is_refusal(answer)
     ]
+
+
+def test_refusals_are_as_long_as_answers(pairs):
+    for language in ("en", "zh"):
+        refusals, answers = ([len(response) for _, response in pairs[f"{kind}_{language}"]] for kind in ("contrast", "twins"))
+        assert abs(statistics.mean(refusals) / statistics.mean(answers) - 1) < 0.1
+        assert abs(statistics.stdev(refusals) / statistics.stdev(answers) - 1) < 0.35
+        assert len({response for _, response in pairs[f"contrast_{language}"]}) > 2000
 
 
 def test_openers_stand_before_harmful_and_harmless_alike(pairs):

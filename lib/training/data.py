@@ -135,11 +135,15 @@ def chat_pairs(corpora: Corpora, rng: random.Random) -> dict[str, list[Pair]]:
             "contrast": [row[f"{language}_harmful"] for row in contrast if row[f"{language}_harmful"]],
             "harmful": [row[language] for row in safety if row["label"] == "harmful" and row[language]],
         }
-        openers, refusals = said["openers"][language], said["refusals"][language]
+        openers, lengths = said["openers"][language], [len(answer) for _, answer in kinds["twins"]]
         for kind in ("howto", "written", "twins"):
             kinds[kind] = [(_opened(prompt, openers, rng), answer) for prompt, answer in kinds[kind] for _ in range(COPIES)]
         for kind, prompts in to_refuse.items():
-            kinds[kind] = [(_opened(p, openers, rng), rng.choice(refusals)) for p in prompts for _ in range(COPIES)]
+            kinds[kind] = [
+                (_opened(p, openers, rng), _refusal(said, language, rng.choice(lengths), rng))
+                for p in prompts
+                for _ in range(COPIES)
+            ]
         for kind, pairs in kinds.items():
             rng.shuffle(pairs)
             pools[f"{kind}_{language}"] = pairs
@@ -228,6 +232,20 @@ def _loaded(pairs: list[Pair], words: list[str], language: str) -> list[Pair]:
     joined = "|".join(words)
     pattern = re.compile(rf"\b({joined})\b" if language == "en" else joined, re.IGNORECASE)
     return [(request, response) for request, response in pairs if pattern.search(request)]
+
+
+def _refusal(said: dict, language: str, length: int, rng: random.Random) -> str:
+    """A refusal of about `length` characters: an opening, then reasons and offers.
+
+    As long as answers to innocent requests are: a masked model sees how many slots there are, and would take a short canvas for
+    a reason to refuse.
+    """
+    sentences = [rng.choice(said["refusals"][language])]
+    for sentence in rng.sample(said["reasons"][language], len(said["reasons"][language])):
+        if sum(map(len, sentences)) + len(sentence) / 2 > length:
+            break
+        sentences.append(sentence)
+    return (" " if language == "en" else "").join(sentences)
 
 
 def _opened(request: str, openers: list[str], rng: random.Random) -> str:

@@ -69,7 +69,7 @@ def written_rows() -> list[dict]:
 
 
 def phrases() -> dict:
-    """data/training/phrases.json: refusals, openers, sentence frames and loaded words, each {"en": [...], "zh": [...]}."""
+    """data/training/phrases.json: refusals, reasons, openers, sentence frames, loaded words; each {"en": [...], "zh": [...]}."""
     return json.loads((TRAINING / "phrases.json").read_text(encoding="utf8"))
 
 
