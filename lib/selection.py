@@ -100,9 +100,10 @@ def select(
     if unknown := set(positions) - set(candidates.positions):
         raise ValueError(f"positions {sorted(unknown)} are not in the template; use some of {candidates.positions}")
     areas = discrimination(lm, candidates, harmful, harmless)
-    useful = areas[(areas.auroc >= min_auroc) & areas.position.isin(positions)]
+    asked = areas[areas.position.isin(positions)]
+    useful = asked[asked.auroc >= min_auroc]
     if useful.empty:
-        raise NothingSelected(f"no cell tells harmful from harmless prompts: best auroc {areas.auroc.max():.2f} < {min_auroc}")
+        raise NothingSelected(f"no cell tells harmful from harmless prompts: best auroc {asked.auroc.max():.2f} < {min_auroc}")
 
     def scored(cells: pd.DataFrame, n: int) -> pd.DataFrame:
         cells = cells.sort_values("layer", kind="stable")  # scores of one layer in a row share the blocks before it

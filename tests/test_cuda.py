@@ -40,17 +40,17 @@ def test_greedy_tokens_are_those_of_the_cpu(family, case):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_fast_step_does_not_wait_for_the_device(lm, temperature):
-    """Forward passes are counted when synchronisation becomes an error: from the second step to the last."""
+    """Synchronisation is an error from the second forward pass to the last but one (Dream's grid leaves a step of 8 empty)."""
     passes = []
 
     def forbid(module, args):
         passes.append(1)
-        torch.cuda.set_sync_debug_mode("error" if 1 < len(passes) < 8 else "default")
+        torch.cuda.set_sync_debug_mode("error" if 1 < len(passes) < 7 else "default")
 
     handle = lm.model.model.register_forward_pre_hook(forbid)
     steer = [ablate(direction_for(lm))]
     try:
-        sample(
+        out = sample(
             lm,
             prompts().cuda(),
             interventions=steer,
@@ -63,7 +63,7 @@ def test_a_fast_step_does_not_wait_for_the_device(lm, temperature):
     finally:
         torch.cuda.set_sync_debug_mode("default")
         handle.remove()
-    assert len(passes) == 8
+    assert len(passes) == out.n_forward >= 7
 
 
 def test_ablation_in_bf16_leaves_less_than_a_percent():
