@@ -55,6 +55,19 @@ def section(measured: dict) -> str:
             cells = [_shown(refusal.get(f"{key}_{language}")) for language in LANGUAGES]
             lines += [f"| {label} | {' | '.join(cells)} |"] if any(cell != "-" for cell in cells) else []
         lines.append("")
+    if tradeoff := measured.get("tradeoff"):
+        lines += [
+            "Trade-off of the one-forward refusal score: AUROC, and the share of look-alikes above the threshold that 92 % of the "
+            "harmful exceed.",
+            "",
+            "| harmful / look-alike | AUROC | look-alikes at 92 % |",
+            "|---|---|---|",
+        ]
+        lines += [
+            f"| {name.replace('_', ' ').replace('/', ' / ')} | {_shown(row['auroc'])} | {_shown(row['curve']['0.92'])} |"
+            for name, row in tradeoff.items()
+        ]
+        lines.append("")
     if fluency := measured.get("fluency"):
         lines += [
             "Samples of up to 48 tokens, one a step, for ordinary instructions (mean over prompts, 95 % bootstrap interval, n).",

@@ -7,6 +7,7 @@ import pytest
 
 from lib import cards, shipped
 from lib.paths import MODELS, PROMPTS
+from lib.training.sources import contrast_rows
 
 NAMES = sorted(path.parent.name for path in MODELS.glob("*/README.md"))
 
@@ -53,9 +54,10 @@ def test_what_steering_does_is_told_of_the_model_it_was_done_to(tmp_path):
 def test_frames_and_test_rows_are_not_in_the_training_data():
     rows = [json.loads(line) for line in (PROMPTS / "contrast.jsonl").read_text().splitlines()]
     harmless = [json.loads(line) for line in (MODELS.parent / "training" / "harmless.jsonl").read_text().splitlines()]
+    written = contrast_rows()
     frames = [json.loads(line) for line in (PROMPTS / "frames.jsonl").read_text().splitlines()]
     prompts = [key for key in rows[0] if key.endswith(("harmful", "harmless"))]
-    trained = {row[key] for row in rows if row["trained"] for key in prompts} | {
+    trained = {row[key] for row in written for key in prompts} | {
         row[key] for row in harmless for key in ("en_prompt", "zh_prompt")
     }
     unseen = {row[key] for row in rows if row["split"] == "test" for key in prompts if row[key]}

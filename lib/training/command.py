@@ -132,6 +132,7 @@ def measure(name: str, corpora: Path | None = None, out: Path = OUT) -> Path:
         held_out = {pool: rows for pool, rows in dataset.chat.items() if pool.startswith(TEST)}
         found = dict(
             refusal=measuring.refusal_rates(lm, sets),
+            tradeoff=measuring.tradeoff(lm, sets),
             fluency=measuring.fluency(lm, ordinary, scorers),
             held_out=measuring.held_out_loss(lm, dataset.documents, held_out),
         )

@@ -120,7 +120,10 @@ class Trainer:
     def _loss(self, batch: Batch) -> Tensor:
         if self.config.objective == "causal":
             return causal_loss(self.network, batch)
-        t = stratified(len(batch.ids), self.config.lowest_rate, self.host).to(self.device)
+        t = stratified(len(batch.ids), self.config.lowest_rate, self.host)
+        if batch.seen is not None:  # chat: a response starts from all masks, and whether it refuses is decided there
+            t = 1 - (1 - t) ** 2
+        t = t.to(self.device)
         noise = torch.rand(batch.ids.shape, generator=self.noise, device=self.device)
         return masked_loss(self.network, batch, t, noise, self.mask_id)
 
