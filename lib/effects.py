@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from .baselines import PLAIN, Asking
-from .evaluation import divergence, first_slots, is_refusal, nats_per_token, refusal_log_odds, repetition
+from .evaluation import divergence, first_slots, nats_per_token, refusal_log_odds, repetition
 from .extraction import Candidates, Direction
+from .judges import Judge, phrases
 from .models import LanguageModel
 from .prompts import Language
 from .results import sweep
@@ -33,14 +34,16 @@ def compare(
     prompts: Prompts,
     seed: int = 0,
     asking: Mapping[Language, Asking] | None = None,
+    judge: Judge | None = None,
     **decoding,
 ) -> pd.DataFrame:
     """Rows of `measure` for every condition, language and side of `prompts`; `scorer` is a causal model that judges fluency.
 
-    `asking`: how requests are put, by language; as they stand by default.
+    `asking`: how requests are put, by language; as they stand by default. `judge`: who says what is refused (judges.py); the phrase
+    list by default.
     """
     cells = [dict(language=language, side=side) for language, sides in prompts.items() for side in sides]
-    inputs = dict(lm=lm, scorer=scorer, prompts=prompts, seed=seed, asking=asking or {}, **decoding)
+    inputs = dict(lm=lm, scorer=scorer, prompts=prompts, seed=seed, asking=asking or {}, judge=judge, **decoding)
     tables = [
         sweep("effect", measure, cells, draws=draws, **inputs).assign(condition=name) for name, draws in conditions.items()
     ]
@@ -56,12 +59,14 @@ def measure(
     prompts: Prompts,
     seed: int = 0,
     asking: Mapping[Language, Asking] | None = None,
+    judge: Judge | None = None,
     **decoding,
 ) -> list[dict]:
     """One row a prompt, in order: refused (bool), log_odds (one-forward refusal score), nats a token under `scorer`, repetition,
     divergence from the model without steering, asked plainly (nats, first slots), empty (bool) and the response's text.
 
-    Fluency is judged behind the plain request. Slots that `asking` gives count in the response, not in log_odds and divergence.
+    Refusal and fluency are judged behind the plain request. Slots that `asking` gives count in the response, not in log_odds and
+    divergence.
 
     The text of a response to a harmful request is not kept: an unrefused one has no place in a results table.
     """
@@ -77,7 +82,7 @@ def measure(
         columns = dict(
             prompt=mine,
             draw=[draw] * len(asked),
-            refused=map(is_refusal, texts),
+            refused=(judge or phrases())(asked, texts),
             log_odds=refusal_log_odds(lm, steered).tolist(),
             nats=nats_per_token(scorer, asked, texts),
             repetition=[repetition(lm, text) for text in texts],

@@ -2,20 +2,24 @@
 
 arXiv 2512.24143 reads one-dimensionality off the share of the first principal component and its cosine with the mean difference.
 Both are high for any contrast that dominates the variance, so each stands beside its value under shuffled labels and the AUROC
-on prompts that did not make the direction.
+on prompts that did not make the direction. Should one direction be too few, `paired_components` and `learnt_subspace` offer more.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .extraction import Candidates, Direction, activations, principal_components
+from .evaluation import CANVAS, SCORED_SLOTS, divergence, refusal_log_odds
+from .extraction import Candidates, Direction, activations, orthonormal, principal_components
+from .hooking import Entry, enter, resume
 from .models import LanguageModel
-from .prompts import Contrast, Language, position_names
+from .prompts import Contrast, Language, encode, position_names, regions
 from .selection import operate, removal_scores
 from .statistics import auroc, one_dimensionality, random_directions
+from .steering import StepState, steering
 
 
 def dimensionality(
@@ -85,3 +89,75 @@ def ablated_dimensions(
     }[kind]
     subspace = candidates.direction(direction.layer, direction.position, vectors)
     return removal_scores(lm, operate(subspace, operation), harmful, harmless)
+
+
+def paired_components(harmful: Tensor, harmless: Tensor, k: int) -> Tensor:
+    """The k orthonormal directions [k, d] that hold most of the differences of twins harmful[i] - harmless[i], each side [n, d].
+
+    Not centred, for the mean difference is part of what they hold: the first one is close to it.
+    """
+    return torch.linalg.svd((harmful - harmless).double(), full_matrices=False).Vh[:k].float()
+
+
+def learnt_subspace(
+    lm: LanguageModel,
+    candidates: Candidates,
+    layer: int,
+    position: int,
+    operation: str,
+    start: Tensor,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    steps: int = 24,
+    rate: float = 0.01,
+    price: float = 1.0,
+) -> dict[str, Tensor]:
+    """k orthonormal directions found by gradient descent from `start` [k, d], for one operation at a cell of `candidates`.
+
+    The loss, in nats: -log P(no refusal) of the harmful prompts, plus `price` times the divergence of the harmless ones from the
+    unsteered model, both as one-forward scores. (Log-odds themselves would go on paying where refusal is long gone.) Adam with
+    learning rate `rate` on vectors that are made orthonormal before each use; scales and harmless means stay the cell's own, and no
+    parameter of the model gets a gradient. Arditi et al.'s successors look for refusal in this way (arXiv 2502.17420).
+
+    Returns basis [k, d], and before each step refusal (mean -log P(no refusal)) and divergence (mean), [steps] each.
+    """
+    vectors = start.clone().requires_grad_()
+    optimiser = torch.optim.Adam([vectors], lr=rate)
+    first = operate(candidates.direction(layer, position, start), operation).first_layer
+    with torch.no_grad():
+        sides = [_entered(lm, prompts, first) for prompts in (harmful, harmless)]
+        plain = _log_probabilities(lm, *sides[1])
+    course = []
+    for _ in range(steps):
+        steer = operate(candidates.direction(layer, position, vectors), operation)
+        with torch.enable_grad(), steering(lm, [steer]) as at:
+            scored = []
+            for state, entry in sides:
+                at(state)
+                scored.append(_log_probabilities(lm, state, entry))
+            refusal = F.softplus(refusal_log_odds(lm, scored[0])).mean()
+            damage = divergence(plain, scored[1]).mean()
+            optimiser.zero_grad()
+            (refusal + price * damage).backward()
+        optimiser.step()
+        course.append([refusal.item(), damage.item()])
+    refusals, damages = torch.tensor(course).T
+    return dict(basis=orthonormal(vectors.detach()), refusal=refusals, divergence=damages)
+
+
+def _entered(lm: LanguageModel, instructions: Sequence[str], layer: int) -> tuple[StepState, Entry]:
+    """One batch of prompts with an empty response, run up to `layer`: what evaluation.first_slots does, open to gradients."""
+    n_slots = 1 if lm.causal else CANVAS
+    ids, attention_mask = encode(lm, instructions, n_slots)
+    masked = ids == lm.mask_id if lm.mask_id is not None else torch.zeros_like(ids, dtype=torch.bool)
+    state = StepState(regions(lm, ids, attention_mask, ids.shape[1] - n_slots), masked)
+    return state, enter(lm, ids, layer, attention_mask)
+
+
+def _log_probabilities(lm: LanguageModel, state: StepState, entry: Entry) -> Tensor:
+    """As evaluation.first_slots: [n, slots, vocab] at the first response slots."""
+    first, n_scored = entry.h.shape[1] - (1 if lm.causal else CANVAS), 1 if lm.causal else SCORED_SLOTS
+    logits = lm.head(resume(lm, entry)[:, first : first + n_scored]).float()
+    if lm.mask_id is not None:
+        logits[..., lm.mask_id] = -torch.inf
+    return logits.log_softmax(-1)
