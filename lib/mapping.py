@@ -9,7 +9,7 @@ for the target's own direction, a carried one and a random one:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .evaluation import first_slots, refusal_log_odds
 from .extraction import Candidates, Direction, DirectionMismatch, activations
-from .hooking import Edit
 from .models import LanguageModel
 from .prompts import Contrast, template
 from .selection import operate, removal_scores
@@ -29,15 +28,6 @@ from .steering import Intervention, add
 # Ridge penalties, in mean squared activations a dimension, so that no model's scale counts.
 PENALTIES = (0.0001, 0.01, 0.1, 1.0, 10.0)
 REMOVAL = "clamp from its layer"  # of selection.OPERATIONS: what a carried direction has in every prompt alike stays
-
-
-@dataclass(frozen=True, eq=False)
-class Partial(Intervention):
-    """An intervention carried out in part: `strength` is the share (1: all) of its change that is made at each layer."""
-
-    def edit(self, layer: int, device: torch.device) -> Edit | None:
-        whole = super().edit(layer, device)
-        return (lambda h: torch.lerp(h, whole(h), self.strength)) if whole and self.strength else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +189,7 @@ def agreement(
 
 def remove(direction: Direction, share: float = 1.0) -> Intervention:
     """REMOVAL of a direction in part."""
-    return Partial(**vars(operate(direction, REMOVAL)) | dict(strength=share))
+    return replace(operate(direction, REMOVAL), strength=share)
 
 
 def dose_response(

@@ -132,6 +132,37 @@ def holm(pvalues: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
+def area_under(
+    effect: Sequence[Sequence[float]],
+    damage: Sequence[Sequence[float]],
+    limit: float,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> Interval:
+    """Mean effect over damages from 0 to `limit`, as a dose takes both along: one number for a whole dose-response curve.
+
+    effect: [doses, n], damage: [doses, m], one value a prompt, the first dose none at all. Between doses both are taken as linear;
+    damage that falls from a dose to the next counts as staying, and beyond the last dose the effect stays. Percentile limits, prompts of
+    each kind resampled.
+    """
+    tables = [np.asarray(table, dtype=float) for table in (effect, damage)]
+    if any(table.ndim != 2 or not np.isfinite(table).all() for table in tables) or len(tables[0]) != len(tables[1]):
+        raise ValueError(f"need finite effect [doses, n] and damage [doses, m], got {[table.shape for table in tables]}")
+
+    def area(effects: np.ndarray, damages: np.ndarray) -> float:
+        grid = np.linspace(0, limit, 201)
+        return float(np.interp(grid, np.maximum.accumulate(damages), effects).mean())
+
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(resamples):
+        draws.append(area(*(table[:, rng.integers(table.shape[1], size=table.shape[1])].mean(1) for table in tables)))
+    lo, hi = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    value = area(*(table.mean(1) for table in tables))
+    return Interval(value, float(min(lo, value)), float(max(hi, value)), tables[0].shape[1])
+
+
 def auroc(
     positive_scores: Sequence[float],
     negative_scores: Sequence[float],

@@ -2,9 +2,9 @@
 
 With Q [k, d] the orthonormal basis of a direction and h one position of the residual stream:
 
-    ablate  h - Q'Q h                remove the component                      (arXiv 2406.11717, eq. 4)
-    add     h + strength * scale * q  move along a single direction            (eq. 3; scale = distance of the class means)
-    clamp   h - Q'(Q h - to)         set the component; to = the harmless mean is affine ablation (arXiv 2411.09003)
+    ablate  h - strength * Q'Q h         remove the component            (arXiv 2406.11717, eq. 4, at strength 1)
+    add     h + strength * scale * q     move along a single direction   (eq. 3; scale = distance of the class means)
+    clamp   h - strength * Q'(Q h - to)  set the component; to = the harmless mean is affine ablation (arXiv 2411.09003)
 
 A `Scope` says which tokens and which denoising steps; it is resolved to one mask a step, not one a layer.
 """
@@ -78,7 +78,10 @@ class Scope:
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """One operation with one direction at some sites of some layers (None: all), within a scope."""
+    """One operation with one direction at some sites of some layers (None: all), within a scope.
+
+    strength: for `add` in distances of the class means; for `ablate` and `clamp` the share of the change that is made at each site.
+    """
 
     operation: Literal["ablate", "add", "clamp"]
     direction: Direction
@@ -95,16 +98,18 @@ class Intervention:
 
     def edit(self, layer: int, device: torch.device) -> Edit | None:
         """The change of h [b, s, d] at `layer`, computed in float32 or wider; None where it is the identity."""
+        if not self.strength:
+            return None
         basis = self.direction.basis.to(device)
         match self.operation:
             case "add":
                 offset = self.strength * self.direction.scale[layer].item() * basis[0]
-                return (lambda h: (_wide(h) + offset).to(h.dtype)) if self.strength else None
+                return lambda h: (_wide(h) + offset).to(h.dtype)
             case "ablate":
-                return lambda h: _replace_component(h, basis, None)
+                return lambda h: _replace_component(h, basis, None, self.strength)
             case "clamp":
                 to = (self.to[layer] if self.to.ndim == 2 else self.to).to(device)
-                return lambda h: _replace_component(h, basis, to)
+                return lambda h: _replace_component(h, basis, to, self.strength)
 
 
 def ablate(
@@ -112,9 +117,13 @@ def ablate(
     sites: Sequence[SiteName] = ("resid_pre", "attn_out", "mlp_out"),
     layers: int | Iterable[int] | None = None,
     scope: Scope = Scope(),
+    strength: float = 1.0,
 ) -> Intervention:
-    """Remove the direction; by default wherever the residual stream is read or written, in every layer, so it cannot return."""
-    return Intervention("ablate", direction, _sites(sites), _layers(layers), scope)
+    """Remove the direction; by default wherever the residual stream is read or written, in every layer, so it cannot return.
+
+    strength: the share that is removed at each site.
+    """
+    return Intervention("ablate", direction, _sites(sites), _layers(layers), scope, strength)
 
 
 def add(
@@ -138,10 +147,11 @@ def clamp(
     to: float | Sequence[float] | Tensor | None = None,
     layers: int | Iterable[int] | None = None,
     scope: Scope = Scope(),
+    strength: float = 1.0,
 ) -> Intervention:
     """Set the projection at resid_pre: to a number, a [k] vector, a value per layer [n_layers, k], or (None) the harmless mean.
 
-    Raises ValueError for any other shape.
+    strength: the share of the way there, at each layer. Raises ValueError for any other shape.
     """
     value = direction.reference if to is None else torch.as_tensor(to, dtype=torch.float32)
     if value.ndim == 0:
@@ -150,7 +160,7 @@ def clamp(
         raise ValueError(
             f"`to` has shape {tuple(value.shape)}; use a number, [{direction.k}] or {tuple(direction.reference.shape)}"
         )
-    return Intervention("clamp", direction, ("resid_pre",), _layers(layers), scope, to=value)
+    return Intervention("clamp", direction, ("resid_pre",), _layers(layers), scope, strength, value)
 
 
 @contextmanager
@@ -195,13 +205,15 @@ def _wide(h: Tensor) -> Tensor:
     return h.to(torch.promote_types(h.dtype, torch.float32))
 
 
-def _replace_component(h: Tensor, basis: Tensor, to: Tensor | None) -> Tensor:
+def _replace_component(h: Tensor, basis: Tensor, to: Tensor | None, share: float) -> Tensor:
     wide = _wide(h).flatten(0, -2)
     basis = basis.to(wide.dtype)
     coordinates = wide @ basis.T
     if to is not None:
         coordinates = coordinates - to
-    return torch.addmm(wide, coordinates, basis, alpha=-1).to(h.dtype).view_as(h)  # one pass over h: memory is what it costs
+    return (
+        torch.addmm(wide, coordinates, basis, alpha=-share).to(h.dtype).view_as(h)
+    )  # one pass over h: memory is what it costs
 
 
 def _sites(sites: Sequence[SiteName]) -> tuple[SiteName, ...]:

@@ -247,6 +247,21 @@ def test_batched_equals_one_by_one(lm):
             assert torch.equal(together[i], alone[0])
 
 
+@pytest.mark.parametrize("operation", [ablate, clamp])
+def test_strength_is_the_share_of_the_change(lm, operation):
+    direction = direction_for(lm)
+    site = Site(direction.layer)
+    states = []
+    for strength in (0.0, 0.25, 1.0):
+        one = replace(operation(direction, layers=direction.layer, strength=strength), sites=("resid_pre",))
+        with steering(lm, [one]) as at:
+            at(StepState(torch.ones_like(prompts()), torch.zeros_like(prompts(), dtype=torch.bool)))
+            states.append(capture(lm, prompts(), [site])[site])
+    plain = capture(lm, prompts(), [site])[site]
+    assert torch.equal(states[0], plain)
+    assert torch.allclose(states[1], torch.lerp(plain, states[2], 0.25), atol=1e-5) and not torch.allclose(states[2], plain)
+
+
 def test_same_seed_same_text(mdlm):
     draw = [sample(mdlm, prompts(), seed=s, gen_length=8, temperature=1.0).ids for s in (1, 1, 2)]
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])

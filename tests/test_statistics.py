@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 from lib.statistics import (
     Interval,
     _geometry,
+    area_under,
     auroc,
     bootstrap,
     holm,
@@ -267,3 +268,17 @@ def test_it_is_quick_enough_for_every_layer():
     start = time.process_time()
     one_dimensionality(x, np.arange(256) < 128)
     assert time.process_time() - start < 10  # about one second; the bound allows for slow and busy machines
+
+
+def test_the_area_under_a_curve_is_the_mean_effect_up_to_the_limit():
+    damage = np.array([[0.0] * 4, [0.1] * 4, [0.3] * 4])
+    effect = np.array([[1.0] * 5, [0.5] * 5, [0.5] * 5])
+    found = area_under(effect, damage, limit=0.2)
+    assert found.value == pytest.approx(0.75 / 2 + 0.5 / 2, abs=0.01) and found.lo == found.hi == found.value and found.n == 5
+    assert area_under(effect, damage * 0, limit=0.2).value == pytest.approx(0.5, abs=0.01)  # effect for nothing
+    assert area_under(effect * 0 + 1, damage, limit=0.2).value == 1.0
+    rng = np.random.default_rng(0)
+    noisy = area_under(np.clip(effect + rng.normal(0, 0.3, effect.shape), 0, 1), damage, limit=0.2)
+    assert noisy.lo < noisy.value < noisy.hi
+    with pytest.raises(ValueError, match="damage"):
+        area_under(effect[:2], damage, limit=0.2)
