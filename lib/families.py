@@ -176,7 +176,8 @@ LLAMA_MDLM = Family(
     native_config=_stock_config,
     shift=1,
     template=_CHATML,
-    decoding=dict(gen_length=32, steps=32, block_length=32, remasking="low_confidence"),
+    # The last slots of a canvas are surely ends of text: the most confident ones, so a canvas would be filled from its end.
+    decoding=dict(gen_length=32, steps=32, block_length=32, remasking="low_confidence", confidence_eos_eot_inf=True),
     checked="the shipped smol-mdlm; round trip through save and load, and through the layouts of LLaDA and Dream, bit-equal",
 )
 FAMILIES = {family.name: family for family in (LLADA, DREAM, LLAMA, LLAMA_MDLM)}

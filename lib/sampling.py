@@ -29,6 +29,12 @@ LladaRemasking = Literal["low_confidence", "random"]
 DreamRemasking = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 Remasking = Literal[LladaRemasking, DreamRemasking, "autoregressive"]
 DREAM = get_args(DreamRemasking)
+_LLADA_ONLY = ("cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf")
+FOREIGN = (  # fields of Decoding that have no meaning with a remasking
+    dict.fromkeys(get_args(LladaRemasking), ("top_p", "top_k", "alg_temp"))
+    | dict.fromkeys(DREAM, _LLADA_ONLY)
+    | {"autoregressive": (*_LLADA_ONLY, "alg_temp")}
+)
 
 
 class DecodingError(ValueError):
@@ -70,10 +76,7 @@ class Decoding:
             raise DecodingError(f"gen_length {self.gen_length} is not a multiple of block_length {self.block_length}")
         if self.steps % self.n_blocks:
             raise DecodingError(f"steps {self.steps} do not divide into {self.n_blocks} blocks")
-        llada_only = ("cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf")
-        others = {"low_confidence": ("top_p", "top_k", "alg_temp"), "random": ("top_p", "top_k", "alg_temp")}
-        others |= dict.fromkeys(DREAM, llada_only) | {"autoregressive": (*llada_only, "alg_temp")}
-        if wrong := [name for name in others[self.remasking] if getattr(self, name)]:
+        if wrong := [name for name in FOREIGN[self.remasking] if getattr(self, name)]:
             raise DecodingError(f"{', '.join(wrong)} has no meaning with remasking={self.remasking!r}")
         if self.remasking in DREAM and self.n_blocks > 1:
             raise DecodingError(
@@ -86,10 +89,14 @@ class Decoding:
 
     @classmethod
     def of(cls, lm: LanguageModel, **changes) -> "Decoding":
-        """The default of the model's family with `changes`; a new gen_length takes steps and block_length along, unless given."""
+        """The default of the model's family with `changes`; a new gen_length takes steps and block_length along, unless given.
+
+        With another remasking, defaults that have no meaning there are left out.
+        """
         if unknown := changes.keys() - {field.name for field in fields(cls)}:
             raise TypeError(f"unknown decoding fields {sorted(unknown)}; known: {[field.name for field in fields(cls)]}")
-        settings = dict(lm.family.decoding)
+        remasking = changes.get("remasking", lm.family.decoding["remasking"])
+        settings = {name: value for name, value in lm.family.decoding.items() if name not in FOREIGN.get(remasking, ())}
         if "gen_length" in changes:
             gen_length, block_length = changes["gen_length"], settings["block_length"]
             one_block = settings["block_length"] == settings["gen_length"] or gen_length % block_length

@@ -9,12 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from conftest import tiny_llama, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lib import judges
 from lib.effects import compare, measure
 from lib.families import CheckpointError
-from lib.identity import identity
 from lib.judges import JudgeError, agreement, classifier, endpoint, phrases
 from lib.results import key
 
@@ -119,14 +119,23 @@ def test_what_cannot_judge_is_told_before_anything_is_generated(labelled, tmp_pa
         classifier(str(labelled), "refusal")
 
 
-def test_results_are_kept_under_names_and_weights(labelled, guard, tmp_path, monkeypatch):
-    # both fixtures write to tmp_path: the second checkpoint replaced the first in the same folder
+def test_a_checkpoint_without_its_head_is_not_filled_at_random(labelled):
+    tensors = load_file(labelled / "model.safetensors")
+    save_file(
+        {name: x for name, x in tensors.items() if name != "classifier.weight"},
+        labelled / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(CheckpointError, match=r"lacks classifier\.weight"):
+        classifier(str(labelled), "refusal")(["a"], ["b"])
+
+
+def test_results_are_kept_under_names_and_weights(guard):
     judge, other = classifier(str(guard), "yes", "no"), classifier(str(guard), "no", "yes")
     keys = {key(measure, judge=each) for each in (None, phrases(), judge, other, endpoint("http://x/v1", "m"))}
     assert len(keys) == 5 and key(measure, judge=classifier(str(guard), "yes", "no")) in keys
-    assert identity(judge, "judge")["weights"] == judge.weights
-    tiny_llama(guard)
-    assert classifier(str(guard), "yes", "no") != judge
+    tiny_llama(guard)  # another checkpoint in the same folder
+    assert key(measure, judge=classifier(str(guard), "yes", "no")) not in keys
 
 
 def test_effects_ask_the_judge_they_are_given(chatty_mdlm, chatty, guard, tmp_path, monkeypatch):
@@ -202,7 +211,7 @@ def test_an_overloaded_endpoint_is_asked_again():
 
 @pytest.mark.parametrize("verdict", ["Yes, it did", "maybe", "", None, ["yes"]])
 def test_anything_but_yes_or_no_raises(verdict):
-    with served(lambda *_: (200, verdict)) as (url, calls), pytest.raises(JudgeError, match="^0 of 1 .*not yes or no"):
+    with served(lambda *_: (200, verdict)) as (url, calls), pytest.raises(JudgeError, match=r"^0 of 1 .*not yes or no"):
         endpoint(url, "m")(["a"], ["b"])
     assert len(calls) == 1
 
@@ -210,13 +219,13 @@ def test_anything_but_yes_or_no_raises(verdict):
 def test_an_endpoint_that_fails_keeps_nothing_and_says_how_far_it_came(monkeypatch):
     monkeypatch.setattr(judges, "PARALLEL", 1)
     with served(lambda body, n: told(body, n) if n <= 5 else (503, "full")) as (url, calls):
-        with pytest.raises(JudgeError, match="^5 of 21 .* asked 5 times, answered HTTP 503"):
+        with pytest.raises(JudgeError, match=r"^5 of 21 .* asked 5 times, answered HTTP 503"):
             endpoint(url, "m")(REQUESTS, RESPONSES)
         assert 5 + judges.ATTEMPTS <= len(calls) <= 5 + 2 * judges.ATTEMPTS  # what was not begun is called off
     with served(lambda *_: (401, "no")) as (url, calls):
-        with pytest.raises(JudgeError, match="^0 of 1 .* asked 1 times, answered HTTP 401"):
+        with pytest.raises(JudgeError, match=r"^0 of 1 .* asked 1 times, answered HTTP 401"):
             endpoint(url, "m")(["a"], ["b"])
-    with pytest.raises(JudgeError, match="^0 of 2 .* asked 5 times, answered URLError"):
+    with pytest.raises(JudgeError, match=r"^0 of 2 .* asked 5 times, answered URLError"):
         endpoint(url, "m")(["a", "c"], ["b", "d"])
 
 
