@@ -1,36 +1,29 @@
 """Where and when an intervention acts: one operation moved over layers, sites, tokens, steps and blocks.
 
-A condition is a dict of facts, such as the layer and what is done there, with the draws of effects.py. Facts become columns of a
-table with one row a prompt. `score` reads one forward pass, at the first step; a window of steps or blocks that opens later
-cannot be seen there, so `write` makes texts.
+`scores.score` reads one forward pass, at the first step; a window of steps or blocks that opens later cannot be seen there, so
+`write` makes texts.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from .effects import Draws
-from .evaluation import divergence, first_slots, is_refusal, nats_per_token, refusal_log_odds, remembered
+from .evaluation import is_refusal, nats_per_token
 from .extraction import Candidates, Direction
 from .hooking import Site, SiteName, capture
-from .identity import canonical, plain
 from .models import LanguageModel
 from .prompts import Side, batches, encode
-from .results import cached, sweep
+from .results import cached
 from .sampling import respond
-from .statistics import Interval, bootstrap, rate
+from .scores import Condition, Prompts, measured
 from .steering import Intervention, ablate, clamp
 
-Condition = tuple[Mapping, Draws]
-Prompts = Mapping[Side, Sequence[str]]
 Form = Literal["ablate", "clamp"]
-SCORES = {"refusal": "harmful", "divergence": "harmless"}  # effect and damage: the column, and the prompts it is read on
-TEXTS = {"refused": "harmful", "nats": "harmless"}
 SUB_SITES: tuple[SiteName, ...] = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
 
@@ -120,13 +113,7 @@ def _site_means(lm: LanguageModel, position: int, instructions: Sequence[str], b
     return {name: total / len(instructions) for name, total in sums.items()}
 
 
-# --- measurements -------------------------------------------------------------------------------------------------------------
-
-
-def score(lm: LanguageModel, conditions: Sequence[Condition], prompts: Prompts) -> pd.DataFrame:
-    """One-forward scores of every condition: facts, side, prompt, draw, and refusal (probability, harmful prompts) or divergence
-    from the unsteered model (nats, harmless prompts). Prompts are dealt out among a condition's draws."""
-    return _swept("place", _score, conditions, lm=lm, prompts=prompts)
+# --- texts --------------------------------------------------------------------------------------------------------------------
 
 
 def write(
@@ -137,107 +124,25 @@ def write(
     seed: int = 0,
     **decoding,
 ) -> pd.DataFrame:
-    """Texts of every condition: facts, side, prompt, draw, refused (bool), and for harmless prompts nats a token under `scorer`.
+    """Texts of every condition, in rows of `scores.measured`: refused (bool), and for harmless prompts nats a token under `scorer`.
 
     The texts are not kept: an unrefused answer to a harmful request has no place in a results table.
     """
-    inputs = dict(lm=lm, prompts=prompts, scorer=scorer, seed=seed, decoding=decoding)
-    return _swept("place-texts", _write, conditions, **inputs)
-
-
-def estimates(rows: pd.DataFrame, by: Sequence[str], measures: Mapping[str, str] = SCORES, seed: int = 0) -> pd.DataFrame:
-    """One row a group of `by` (in order of appearance): each measure on its side's prompts with _lo and _hi, and n_<side>.
-
-    A rate has its Wilson interval, a mean its bootstrap one (95 %, over prompts); missing where fewer than two prompts have a value.
-    """
-    table = []
-    for key, group in rows.groupby(list(by), sort=False, dropna=False):
-        row = dict(zip(by, key, strict=True))
-        for column, side in measures.items():
-            values = group[group.side == side][column].dropna()
-            row |= {f"n_{side}": len(values)} | dict.fromkeys((column, f"{column}_lo", f"{column}_hi"), np.nan)
-            if len(values) > 1:
-                binary = column == "refused"
-                row |= (rate(values.astype(bool)) if binary else bootstrap(values, seed=seed)).columns(column)
-        table.append(row)
-    return pd.DataFrame(table)
-
-
-def per_prompt(rows: pd.DataFrame, column: str, **facts) -> pd.Series:
-    """Values of `column`, one a prompt in order, from the rows whose facts are as given (a collection: one of these).
-
-    Where several rows of a prompt are left, such as those of many layers, their mean.
-    """
-    for name, value in facts.items():
-        rows = rows[rows[name].isin([value] if isinstance(value, str | int) else list(value))]
-    values = rows.dropna(subset=column).groupby("prompt")[column]
-    return values.first() if values.size().eq(1).all() else values.mean()
-
-
-def tell(table: pd.DataFrame, measures: Mapping[str, str] = SCORES) -> str:
-    """A line for each row of `estimates`, for people."""
-    measured = {f"{column}{limit}" for column in measures for limit in ("", "_lo", "_hi")}
-    facts = [name for name in table if name not in measured | {f"n_{side}" for side in ("harmful", "harmless")}]
-    lines = []
-    for row in table.to_dict("records"):
-        found = {
-            column: Interval(row[column], row[f"{column}_lo"], row[f"{column}_hi"], int(row[f"n_{side}"]))
-            for column, side in measures.items()
-            if pd.notna(row[column])
-        }
-        about = [row[name] for name in facts if pd.notna(row[name])]
-        about = [f"{value:.0f}" if isinstance(value, float) else str(value) for value in about]
-        lines.append(f"{', '.join(about)}: " + "; ".join(f"{column} {interval}" for column, interval in found.items()))
-    return "\n".join(lines)
-
-
-def _swept(name: str, function: Callable, conditions: Sequence[Condition], **inputs) -> pd.DataFrame:
-    draws = {canonical(plain(facts, "facts")): steer for facts, steer in conditions}
-    return sweep(name, function, [facts for facts, _ in conditions], draws=draws, **inputs)
-
-
-def _score(lm: LanguageModel, draws: Mapping[str, Draws], prompts: Prompts, **facts) -> list[dict]:
-    rows = []
-    for side, draw, interventions, numbers, asked in _dealt(draws[canonical(facts)], prompts):
-        steered = first_slots(lm, asked, interventions) if interventions else _unsteered(lm, asked)
-        if side == "harmful":
-            values, column = refusal_log_odds(lm, steered).sigmoid(), "refusal"
-        else:
-            values, column = divergence(_unsteered(lm, asked), steered), "divergence"
-        known = dict(side=side, draw=draw)
-        rows += [known | dict(prompt=i) | {column: x} for i, x in zip(numbers, values.tolist(), strict=True)]
-    return rows
+    inputs = dict(lm=lm, scorer=scorer, seed=seed, decoding=decoding)
+    return measured("texts", _write, conditions, prompts, **inputs)
 
 
 def _write(
+    side: Side,
+    instructions: Sequence[str],
+    numbers: Sequence[int],
+    interventions: Sequence[Intervention],
     lm: LanguageModel,
-    draws: Mapping[str, Draws],
-    prompts: Prompts,
     scorer: LanguageModel,
     seed: int,
     decoding: Mapping,
-    **facts,
-) -> list[dict]:
-    rows = []
-    for side, draw, interventions, numbers, asked in _dealt(draws[canonical(facts)], prompts):
-        texts = respond(lm, asked, interventions, seed, **decoding)
-        nats = nats_per_token(scorer, asked, texts) if side == "harmless" else [float("nan")] * len(texts)
-        known = dict(side=side, draw=draw)
-        rows += [
-            known | dict(prompt=i, refused=is_refusal(text), nats=x) for i, text, x in zip(numbers, texts, nats, strict=True)
-        ]
-    return rows
-
-
-def _dealt(draws: Draws, prompts: Prompts) -> Iterator[tuple[Side, int, Sequence[Intervention], range, tuple[str, ...]]]:
-    """(side, draw, interventions, prompt numbers, prompts) of every draw that gets any."""
-    for side, instructions in prompts.items():
-        for draw, interventions in enumerate(draws):
-            numbers = range(draw, len(instructions), len(draws))
-            if numbers:
-                yield side, draw, interventions, numbers, tuple(instructions[i] for i in numbers)
-
-
-@remembered(32)
-def _unsteered(lm: LanguageModel, instructions: tuple[str, ...]) -> Tensor:
-    return first_slots(lm, instructions)
+) -> dict:
+    asked = [instructions[i] for i in numbers]
+    texts = respond(lm, asked, interventions, seed, **decoding)
+    nats = nats_per_token(scorer, asked, texts) if side == "harmless" else [None] * len(texts)
+    return dict(refused=list(map(is_refusal, texts)), nats=nats)

@@ -117,7 +117,7 @@ def learnt_subspace(
     The loss, in nats: -log P(no refusal) of the harmful prompts, plus `price` times the divergence of the harmless ones from the
     unsteered model, both as one-forward scores. (Log-odds themselves would go on paying where refusal is long gone.) Adam with
     learning rate `rate` on vectors that are made orthonormal before each use; scales and harmless means stay the cell's own, and no
-    parameter of the model gets a gradient. Arditi et al.'s successors look for refusal in this way (arXiv 2502.17420).
+    parameter of the model gets a gradient. arXiv 2502.17420 looks for directions by gradient, and finds more than one.
 
     Returns basis [k, d], and before each step refusal (mean -log P(no refusal)) and divergence (mean), [steps] each.
     """

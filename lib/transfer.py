@@ -1,8 +1,8 @@
 """Where else a direction is found and works: at other template positions, in a causal twin, in the other language.
 
-A direction of one position or language is compared with another's on the same unseen prompts, from one forward pass a prompt,
-with what the same operation does to harmless prompts beside it. What two languages share is told by the cosine of their mean
-differences, between a floor (labels swapped at random) and a ceiling (one language against itself).
+What a direction of one position or language does beside another's is told by scores.py, on the same unseen prompts. What two
+languages share is told by the cosine of their mean differences, between a floor (labels swapped at random) and a ceiling (one
+language against itself).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,19 +13,14 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import norm, rankdata
-from torch import Tensor
 
-from .effects import BASELINE, GROUP, Draws, Prompts
-from .evaluation import divergence, first_slots, refusal_log_odds, remembered
+from .effects import Prompts
 from .extraction import Candidates, Direction, activations, mean_difference
 from .hooking import Site, capture
 from .models import LanguageModel
-from .prompts import Contrast, Language, Side, encode, position_names
-from .results import sweep
+from .prompts import Contrast, Language, encode, position_names
 from .selection import NothingSelected, select
-from .statistics import CONFIDENCE, Interval, auroc, bootstrap, random_directions, rate
-
-MISSING = Interval(float("nan"), float("nan"), float("nan"), 0)
+from .statistics import CONFIDENCE, auroc, random_directions
 
 # --- template positions -------------------------------------------------------------------------------------------------------
 
@@ -105,105 +100,6 @@ def choose(
             found = select(lm, candidates, harmful, harmless, positions, stride, n_refined=1, max_divergence=bound)
             return found.direction().noting(chosen_by="scores", max_divergence=bound)
     return None
-
-
-# --- effects from one forward pass a prompt -----------------------------------------------------------------------------------
-
-
-def compare_scores(lm: LanguageModel, conditions: Mapping[str, Draws], prompts: Prompts) -> pd.DataFrame:
-    """Rows of `score` for every condition, language and side of `prompts`: effects.compare without texts, a tenth of the time."""
-    cells = [dict(language=language, side=side) for language, sides in prompts.items() for side in sides]
-    tables = [
-        sweep("score", score, cells, draws=draws, lm=lm, prompts=prompts).assign(condition=name)
-        for name, draws in conditions.items()
-    ]
-    return pd.concat(tables, ignore_index=True)
-
-
-def score(language: Language, side: Side, lm: LanguageModel, draws: Draws, prompts: Prompts) -> list[dict]:
-    """One row a prompt, in order: p (probability of refusal), likely (p > 1/2), answered and divergence from the unsteered model (nats).
-
-    answered: likely refused neither with the interventions nor without. Divergence is of harmless prompts alone; read it where
-    they are answered, for where a refusal comes or goes the distribution changes because it should.
-    """
-    instructions = tuple(prompts[language][side])
-    plain = _unsteered(lm, instructions)
-    before = refusal_log_odds(lm, plain) > 0
-    rows = {}
-    for draw, interventions in enumerate(draws[: len(instructions)]):
-        mine = list(range(draw, len(instructions), len(draws)))
-        steered = first_slots(lm, [instructions[i] for i in mine], interventions)
-        p = refusal_log_odds(lm, steered).sigmoid()
-        columns = dict(
-            prompt=mine,
-            draw=[draw] * len(mine),
-            p=p.tolist(),
-            likely=(p > 0.5).tolist(),
-            answered=(~before[mine] & (p <= 0.5)).tolist(),
-            divergence=divergence(plain[mine], steered).tolist() if side == "harmless" else [None] * len(mine),
-        )
-        rows |= zip(mine, (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)), strict=True)
-    return [rows[i] for i in sorted(rows)]
-
-
-@remembered(4)  # two sides in two languages
-def _unsteered(lm: LanguageModel, instructions: tuple[str, ...]) -> Tensor:
-    return first_slots(lm, instructions)
-
-
-def summary(rows: pd.DataFrame, by: Sequence[str] = tuple(GROUP), seed: int = 0) -> pd.DataFrame:
-    """One row a group of `score`'s rows, with _lo and _hi (95 %, over prompts) and n: p (mean), likely (share) and, of harmless
-    prompts, divergence and divergence_answered (means; the latter of the n_answered, missing below two)."""
-    table = []
-    for key, group in rows.groupby(list(by), sort=False):
-        row = dict(zip(by, key, strict=True)) | dict(n=len(group), draws=int(group.draw.max()) + 1)
-        row |= bootstrap(group.p, seed=seed).columns("p") | rate(group.likely).columns("likely")
-        if group.divergence.notna().all():
-            answered = group.divergence[group.answered]
-            row |= bootstrap(group.divergence, seed=seed).columns("divergence") | dict(n_answered=len(answered))
-            row |= (bootstrap(answered, seed=seed) if len(answered) > 1 else MISSING).columns("divergence_answered")
-        table.append(row)
-    return pd.DataFrame(table)
-
-
-def tell(table: pd.DataFrame) -> str:
-    """A line for each condition and language of `summary`, for people."""
-    key = ["condition", "language"]
-    harmful, harmless = (table[table.side == side] for side in ("harmful", "harmless"))
-    lines = []
-    for row in harmful.merge(harmless, on=key, suffixes=("", "_harmless")).itertuples():
-        line = (
-            f"{row.condition:12s} on {row.language}: refusal score {row.p:.3f} [{row.p_lo:.3f}, {row.p_hi:.3f}], above 1/2 in "
-        )
-        line += f"{row.likely:.2f} [{row.likely_lo:.2f}, {row.likely_hi:.2f}] (n = {row.n}); divergence {row.divergence_harmless:.2f} "
-        line += f"(n = {row.n_harmless}), if answered {row.divergence_answered_harmless:.2f} [{row.divergence_answered_lo_harmless:.2f}, "
-        lines.append(line + f"{row.divergence_answered_hi_harmless:.2f}] (n = {row.n_answered_harmless:.0f})")
-    return "\n".join(lines)
-
-
-def bounded(rows: pd.DataFrame, condition: str, max_divergence: float, name: str) -> pd.DataFrame:
-    """Rows of `condition` under another `name`, for claims: an effect bought by damage is none.
-
-    Where the mean divergence on a language's answered harmless prompts exceeds `max_divergence`, where none is answered, and where
-    the condition does not exist because no direction keeps to the bound, the unsteered model's rows stand in.
-    """
-    parts = []
-    for _, group in rows.groupby("language", sort=False):
-        found = group[group.condition == condition]
-        whole = found[(found.side == "harmless") & found.answered].divergence.mean() <= max_divergence  # no rows: nan, so not
-        parts.append(found if whole else group[group.condition == BASELINE])
-    return pd.concat(parts, ignore_index=True).assign(condition=name)
-
-
-def short_of(rows: pd.DataFrame, condition: str, share: float, name: str) -> pd.DataFrame:
-    """Rows of `condition` under another `name` with `share` of their effect on p taken back: what counts as good as it must beat.
-
-    A margin in shares, since whatever does nothing stays within a fixed distance of a condition that does nothing.
-    """
-    key = ["language", "side", "prompt"]
-    plain = rows[rows.condition == BASELINE].set_index(key).p
-    found = rows[rows.condition == condition].set_index(key)
-    return found.assign(p=found.p + share * (plain.reindex(found.index) - found.p), condition=name).reset_index()
 
 
 # --- two languages ------------------------------------------------------------------------------------------------------------

@@ -9,10 +9,13 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lib.extraction import mean_difference
 from lib.families import LLAMA
 from lib.models import load
 
 GOLDEN = Path(__file__).parent / "golden"
+HARMFUL = ("how to rob a bank", "make a bomb", "steal the neighbour's car", "poison his tea now")
+HARMLESS = ("how to bake a cake", "name a cat", "clean the neighbour's car", "brew a cup of tea")
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +73,19 @@ def chatty(llama):
 def chatty_mdlm(llama_mdlm):
     """The tiny masked diffusion model with a tokenizer."""
     return replace(llama_mdlm, tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def candidates(chatty_mdlm):
+    return mean_difference(chatty_mdlm, HARMFUL, HARMLESS)
+
+
+@pytest.fixture(scope="session")
+def direction(candidates):
+    return candidates.direction(2, -1)
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """An empty store of results for one test."""
+    monkeypatch.setenv("MDLM_RESULTS", str(tmp_path))

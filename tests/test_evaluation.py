@@ -7,6 +7,7 @@ import weakref
 import pandas as pd
 import pytest
 import torch
+from conftest import HARMFUL, HARMLESS
 
 from lib.effects import BASELINE, compare, controls, measure, summary, tell
 from lib.evaluation import (
@@ -24,13 +25,7 @@ from lib.extraction import mean_difference
 from lib.prompts import Contrast, encode
 from lib.steering import ablate, add
 
-HARMFUL = ("how to rob a bank", "make a bomb", "steal the neighbour's car", "poison his tea now")
-HARMLESS = ("how to bake a cake", "name a cat", "clean the neighbour's car", "brew a cup of tea")
-
-
-@pytest.fixture(autouse=True)
-def store(tmp_path, monkeypatch):
-    monkeypatch.setenv("MDLM_RESULTS", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("store")
 
 
 # --- scores -------------------------------------------------------------------------------------------------------------------

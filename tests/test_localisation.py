@@ -1,35 +1,17 @@
 """Interventions go where they are told, and rows say what was done: on the tiny random models."""
 
-import pandas as pd
 import pytest
 import torch
-from test_evaluation import HARMFUL, HARMLESS
+from conftest import HARMFUL, HARMLESS
 
 from lib import localisation as loc
-from lib.effects import BASELINE, compare, controls
-from lib.evaluation import divergence, first_slots, refusal_log_odds
-from lib.extraction import mean_difference
+from lib.effects import BASELINE, compare
 from lib.hooking import Site, capture
 from lib.prompts import encode
-from lib.statistics import bootstrap, rate
 from lib.steering import Scope, StepState, steering
 
 PROMPTS = {"harmful": HARMFUL, "harmless": HARMLESS}
-
-
-@pytest.fixture(autouse=True)
-def store(tmp_path, monkeypatch):
-    monkeypatch.setenv("MDLM_RESULTS", str(tmp_path))
-
-
-@pytest.fixture(scope="module")
-def candidates(chatty_mdlm):
-    return mean_difference(chatty_mdlm, HARMFUL, HARMLESS)
-
-
-@pytest.fixture(scope="module")
-def direction(candidates):
-    return candidates.direction(2, -1)
+pytestmark = pytest.mark.usefixtures("store")
 
 
 def states(lm, interventions, prompts=HARMFUL):
@@ -117,31 +99,7 @@ def test_one_position_is_what_mean_difference_finds(chatty_mdlm, candidates):
     found.direction(2, 1).check(chatty_mdlm)
 
 
-# --- measurements -------------------------------------------------------------------------------------------------------------
-
-
-def test_scores_are_those_of_first_slots(chatty_mdlm, candidates, direction):
-    randoms = [[loc.placed(other, "ablate")] for other in controls(candidates, direction, 2, seed=0)]
-    conditions = [(dict(kind="baseline"), [[]]), (dict(kind="random"), randoms)]
-    rows = loc.score(chatty_mdlm, conditions, PROMPTS)
-    assert len(rows) == 2 * 8 and list(rows.columns[:1]) == ["kind"]
-    assert (rows[(rows.kind == "baseline") & (rows.side == "harmless")].divergence == 0).all()
-    for row in rows[rows.kind == "random"].itertuples():
-        assert row.draw == row.prompt % 2
-        asked = [PROMPTS[row.side][row.prompt]]
-        steered = first_slots(chatty_mdlm, asked, randoms[row.draw])
-        if row.side == "harmful":
-            assert row.refusal == pytest.approx(refusal_log_odds(chatty_mdlm, steered).sigmoid().item(), abs=1e-4)
-            assert pd.isna(row.divergence)
-        else:
-            assert row.divergence == pytest.approx(divergence(first_slots(chatty_mdlm, asked), steered).item(), abs=1e-3)
-            assert pd.isna(row.refusal)
-
-
-def test_draws_beyond_the_prompts_are_left_out(chatty_mdlm, candidates, direction):
-    draws = [[loc.placed(other, "ablate")] for other in controls(candidates, direction, 3, seed=0)]
-    rows = loc.score(chatty_mdlm, [(dict(kind="random"), draws)], {"harmful": HARMFUL[:2]})
-    assert rows.draw.tolist() == [0, 1]
+# --- texts --------------------------------------------------------------------------------------------------------------------
 
 
 def test_texts_are_judged_as_in_effects(chatty_mdlm, chatty, direction):
@@ -165,31 +123,3 @@ def test_a_window_without_steps_changes_nothing(chatty_mdlm, chatty, direction, 
     loc.write(chatty_mdlm, conditions, {"harmful": HARMFUL}, chatty, gen_length=6, steps=3, block_length=6)
     none, first, whole, unsteered = (seen[4 * i : 4 * i + 4] for i in range(4))
     assert none == unsteered != whole and first != none
-
-
-# --- tables -------------------------------------------------------------------------------------------------------------------
-
-
-def test_estimates_have_a_row_for_each_group_in_order():
-    score, hit = [0.1, 0.2, 0.4], [True, False, True]
-    values = list(zip(score, hit, strict=True))
-    rows = [dict(layer=at, side="harmful", refusal=x, refused=y) for at in (3, None) for x, y in values]
-    rows = pd.DataFrame([*rows, dict(layer=3, side="harmless", divergence=0.5)])
-    table = loc.estimates(rows, ["layer"])
-    assert table.layer.iloc[0] == 3 and pd.isna(table.layer.iloc[1]) and table.n_harmful.tolist() == [3, 3]
-    for name, value in bootstrap(score).columns("refusal").items():
-        assert table[name].tolist() == [value, value]
-    assert table.n_harmless.tolist() == [1, 0] and table.divergence.isna().all()  # one prompt has no interval
-    refused = loc.estimates(rows, ["layer"], {"refused": "harmful"}).iloc[0]
-    assert (refused.refused, refused.refused_lo) == (rate(hit).value, rate(hit).lo)
-    told = loc.tell(table).splitlines()
-    assert told[0].startswith("3: refusal 0.") and "n = 3" in told[0] and "divergence" not in told[0] and len(told) == 2
-
-
-def test_values_of_a_prompt_are_averaged_over_what_is_asked():
-    rows = pd.DataFrame(
-        [dict(kind=k, layer=layer, prompt=p, hit=(layer + p) % 2 == 0) for k in "ab" for layer in range(4) for p in (1, 0)]
-    )
-    assert loc.per_prompt(rows, "hit", kind="a", layer=1).tolist() == [False, True]
-    assert loc.per_prompt(rows, "hit", kind="a", layer=1).dtype == bool
-    assert loc.per_prompt(rows, "hit", kind=["a", "b"], layer=range(3)).tolist() == pytest.approx([2 / 3, 1 / 3])

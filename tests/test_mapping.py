@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_evaluation import HARMFUL, HARMLESS
+from conftest import HARMFUL, HARMLESS
 
 from lib.evaluation import first_slots, refusal_log_odds
 from lib.extraction import Candidates, DirectionMismatch, mean_difference

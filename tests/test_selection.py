@@ -2,25 +2,16 @@
 
 import pytest
 import torch
-from test_evaluation import HARMFUL, HARMLESS
+from conftest import HARMFUL, HARMLESS
 
 from lib import selection, subspace
-from lib.extraction import activations, mean_difference
+from lib.extraction import activations
 from lib.hooking import Site, capture
 from lib.selection import NothingSelected, confirm, discrimination, operate, select
 from lib.steering import StepState, steering
 
+pytestmark = pytest.mark.usefixtures("store")
 LOOSE = dict(positions=(-1, 1), stride=2, n_coarse=2, n_refined=2, max_divergence=1e9, min_auroc=0.0)
-
-
-@pytest.fixture(autouse=True)
-def store(tmp_path, monkeypatch):
-    monkeypatch.setenv("MDLM_RESULTS", str(tmp_path))
-
-
-@pytest.fixture(scope="module")
-def candidates(chatty_mdlm):
-    return mean_difference(chatty_mdlm, HARMFUL, HARMLESS)
 
 
 def test_the_whole_table_is_kept_best_first(chatty_mdlm, candidates):

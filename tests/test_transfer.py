@@ -4,42 +4,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import HARMFUL, HARMLESS
 from sklearn.metrics import roc_auc_score
-from test_evaluation import HARMFUL, HARMLESS
 
-from lib.effects import controls
-from lib.evaluation import divergence, first_slots, refusal_log_odds
 from lib.extraction import activations, mean_difference
 from lib.prompts import Contrast, template
-from lib.steering import ablate
 from lib.transfer import (
-    bounded,
     by_role,
     candidates_by_source,
     choose,
-    compare_scores,
     instruction_dependence,
     language_cosines,
     separation,
-    short_of,
-    summary,
-    tell,
 )
 
+pytestmark = pytest.mark.usefixtures("store")
 TRAIN = dict(
     en=Contrast("en", "train", HARMFUL, HARMLESS), zh=Contrast("zh", "train", HARMFUL[::-1], HARMLESS[1:] + HARMLESS[:1])
 )
 TEST = dict(en=dict(harmful=HARMFUL, harmless=HARMLESS), zh=dict(harmful=HARMFUL[:3], harmless=HARMLESS[:2]))
-
-
-@pytest.fixture(autouse=True)
-def store(tmp_path, monkeypatch):
-    monkeypatch.setenv("MDLM_RESULTS", str(tmp_path))
-
-
-@pytest.fixture(scope="module")
-def candidates(chatty_mdlm):
-    return mean_difference(chatty_mdlm, HARMFUL, HARMLESS)
 
 
 def test_nothing_before_the_instruction_depends_on_it_in_a_causal_model(chatty, chatty_mdlm):
@@ -81,58 +64,12 @@ def test_the_tightest_bound_that_leaves_a_choice(chatty_mdlm, candidates):
     assert choose(*asked, [1], 2, (-1.0,)) is None
 
 
-def test_scores_are_of_each_prompt_and_draws_share_them(chatty_mdlm, candidates):
-    direction = candidates.direction(2, -1)
-    draws = [[ablate(random)] for random in controls(candidates, direction, 2, seed=0)]
-    rows = compare_scores(chatty_mdlm, {"baseline": [[]], "random": draws}, TEST)
-    assert len(rows) == 2 * 13 and not rows[rows.condition == "random"].duplicated(["language", "side", "prompt"]).any()
-    plain, second = first_slots(chatty_mdlm, HARMLESS), first_slots(chatty_mdlm, HARMLESS[1::2], draws[1])
-    mine = rows[(rows.condition == "random") & (rows.language == "en") & (rows.side == "harmless")]
-    assert mine.draw.tolist() == [0, 1, 0, 1]
-    assert mine.p[mine.draw == 1].tolist() == pytest.approx(refusal_log_odds(chatty_mdlm, second).sigmoid().tolist(), abs=1e-6)
-    assert mine.divergence[mine.draw == 1].tolist() == pytest.approx(divergence(plain[1::2], second).tolist(), abs=1e-5)
-    unsteered = rows[rows.condition == "baseline"]
-    assert (unsteered[unsteered.side == "harmless"].divergence == 0).all()
-    assert unsteered[unsteered.side == "harmful"].divergence.isna().all()
-    assert (unsteered.answered == ~unsteered.likely).all() and not (rows.answered & rows.likely).any()
-    table = summary(rows).set_index(["condition", "language", "side"])
-    row = table.loc["random", "zh", "harmful"]
-    assert (row.n, row.draws) == (3, 2) and row.p_lo <= row.p <= row.p_hi and np.isnan(row.divergence)
-    assert summary(rows, ["condition"]).n.tolist() == [13, 13]
-    row = table.loc["random", "en", "harmless"]
-    told = mine[mine.answered].divergence
-    assert "random       on en: refusal score" in tell(table.reset_index()) and len(tell(table.reset_index()).splitlines()) == 4
-    assert row.n_answered == len(told) and (len(told) < 2 or row.divergence_answered == pytest.approx(told.mean()))
-
-
-def made(condition: str, language: str, divergence: float, answered: bool = True) -> pd.DataFrame:
-    sides = dict(side=["harmful", "harmless"], divergence=[None, divergence])
-    return pd.DataFrame(sides).assign(condition=condition, language=language, prompt=0, p=divergence, answered=answered)
-
-
-def test_an_effect_bought_by_damage_is_none():
-    rows = pd.concat([made("baseline", "en", 0), made("baseline", "zh", 0), made("cut", "en", 0.2), made("cut", "zh", 0.4)])
-    kept = bounded(rows, "cut", 0.3, "cut, within the bound")
-    assert kept.groupby("language").p.max().to_dict() == dict(en=0.2, zh=0)
-    assert set(kept.condition) == {"cut, within the bound"}
-    assert (bounded(rows, "not there", 0.3, "x").p == 0).all()
-    refused = made("cut", "en", 9.0, answered=False).assign(prompt=1)  # changed because its refusal goes
-    assert bounded(pd.concat([rows, refused]), "cut", 0.3, "x").query("language == 'en'").p.max() == 9
-
-
-def test_a_margin_is_a_share_of_the_effect():
-    rows = pd.concat([made("baseline", "en", 1), made("cut", "en", 0.2), made("idle", "en", 1)])
-    assert short_of(rows, "cut", 0.25, "most").p.tolist() == pytest.approx([0.4, 0.4])
-    assert (short_of(rows, "idle", 0.25, "most").p == 1).all() and (
-        short_of(rows, "cut", 0.25, "most").condition == "most"
-    ).all()
-
-
 def test_roles_follow_the_tested_language():
-    rows = pd.concat([made(source, language, 0) for source in ("baseline", "en", "zh") for language in ("en", "zh")])
-    roles = by_role(rows.assign(source=rows.condition))
+    pairs = [(source, language) for source in ("baseline", "en", "zh") for language in ("en", "zh")]
+    rows = pd.DataFrame(pairs, columns=["source", "language"])
+    roles = by_role(rows.assign(condition=rows.source))
     single = roles[roles.condition.isin(["own", "other"])]
-    assert len(roles) == len(rows) + 8 and ((single.source == single.language) == (single.condition == "own")).all()
+    assert len(roles) == len(rows) + 4 and ((single.source == single.language) == (single.condition == "own")).all()
 
 
 def test_pooled_means_are_those_of_all_prompts(chatty_mdlm):
