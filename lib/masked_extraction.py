@@ -77,18 +77,17 @@ def masked_candidates(
     must be of the train split, whose answers are used; KeyError for another.
     """
     own = answers("train")
-    sides: dict[str, tuple[list[str], list[str]]] = dict(harmful=([], []), harmless=([], []))
-    for language, pairs in train.items():
-        refused = pairs.harmful if kind == "prompts, texts" else pairs.harmless
-        texts = dict(harmful=[REFUSAL[language]] * len(refused), harmless=[own[request] for request in pairs.harmless])
-        for side, requests in dict(harmful=refused, harmless=pairs.harmless).items():
-            sides[side][0].extend(requests)
-            sides[side][1].extend(texts[side])
-    means = cached("masked", _class_means, lm=lm, sides=sides, ratio=ratio, seed=seed)
-    facts = dict(model=lm.name, read_at="masked slots", contrast=kind, ratio=ratio, seed=seed, n=len(sides["harmful"][0]))
-    return Candidates(
-        means["harmful"][None], means["harmless"][None], positions=(None,), fingerprint=lm.fingerprint, provenance=facts
-    )
+    means = {}
+    for side in ("harmful", "harmless"):
+        requests, texts = [], []
+        for language, pairs in train.items():
+            asked = pairs.harmful if (kind, side) == ("prompts, texts", "harmful") else pairs.harmless
+            requests += asked
+            texts += [REFUSAL[language] if side == "harmful" else own[request] for request in asked]
+        canvas = dict(instructions=requests, responses=texts, ratio=ratio, seed=seed)
+        means[side] = cached("masked", _mean_state, lm=lm, **canvas)["mean"][None]  # [1, l, d]
+    facts = dict(model=lm.name, read_at="masked slots", contrast=kind, ratio=ratio, seed=seed, n=len(requests))
+    return Candidates(means["harmful"], means["harmless"], positions=(None,), fingerprint=lm.fingerprint, provenance=facts)
 
 
 def readings(lm: LanguageModel, direction: Direction, instructions: Sequence[str], batch_size: int = 32) -> list[float]:
@@ -108,11 +107,9 @@ def readings(lm: LanguageModel, direction: Direction, instructions: Sequence[str
     return [found[i] for i in range(len(instructions))]
 
 
-def _class_means(
-    lm: LanguageModel, sides: Mapping[str, tuple[Sequence[str], Sequence[str]]], ratio: float, seed: int
-) -> dict[str, Tensor]:
-    """Mean states [l, d] (float64) of each side's (prompts, responses)."""
-    return {side: slot_states(lm, *canvas, ratio, seed).double().mean(0) for side, canvas in sides.items()}
+def _mean_state(lm: LanguageModel, **canvas) -> dict[str, Tensor]:
+    """Mean [l, d] (float64) of `slot_states`: what two kinds of contrast share is kept once."""
+    return dict(mean=slot_states(lm, **canvas).double().mean(0))
 
 
 def _slots(lm: LanguageModel, response: str) -> list[int]:
