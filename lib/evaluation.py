@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from torch import Tensor
 
-from .hooking import enter, resume
+from .hooking import Entry, enter, resume
 from .models import LanguageModel
 from .prompts import Contrast, batches, encode, regions
 from .steering import Intervention, StepState, steering
@@ -66,19 +66,25 @@ def first_slots(
     before the first one that an intervention touches are run once for all calls with the same prompts in a row: give every change
     as an intervention, and do not call this inside `hooking.intervene`.
     """
-    n_slots = 1 if lm.causal else SCORED_SLOTS
     layer = min((i.first_layer for i in interventions), default=0)
     scored: dict[int, Tensor] = {}
     with torch.inference_mode():
-        entries = _entries(lm, tuple(instructions), layer, batch_size)
+        entered = _remembered_canvases(lm, tuple(instructions), layer, batch_size)
         with steering(lm, interventions) as at:
-            for rows, first, state, entry in entries:
+            for rows, state, entry in entered:
                 at(state)
-                logits = lm.head(resume(lm, entry)[:, first : first + n_slots]).float()
-                if lm.mask_id is not None:
-                    logits[..., lm.mask_id] = -torch.inf
-                scored |= zip(rows, logits.log_softmax(-1), strict=True)
+                scored |= zip(rows, slot_log_probabilities(lm, entry), strict=True)
     return torch.stack([scored[i] for i in range(len(instructions))])
+
+
+def slot_log_probabilities(lm: LanguageModel, entry: Entry) -> Tensor:
+    """Log-probabilities [b, slots, vocab] (float32) of the first response slots of an entered canvas; gradients flow through."""
+    n_canvas, n_slots = (1, 1) if lm.causal else (CANVAS, SCORED_SLOTS)
+    first = entry.h.shape[1] - n_canvas
+    logits = lm.head(resume(lm, entry)[:, first : first + n_slots]).float()
+    if lm.mask_id is not None:
+        logits[..., lm.mask_id] = -torch.inf
+    return logits.log_softmax(-1)
 
 
 def remembered(size: int) -> Callable[[Callable], Callable]:
@@ -100,18 +106,27 @@ def remembered(size: int) -> Callable[[Callable], Callable]:
     return decorate
 
 
-@remembered(4)
-def _entries(lm: LanguageModel, instructions: tuple[str, ...], layer: int, batch_size: int) -> list[tuple]:
-    """(rows, first response slot, state, entry) of each batch; unsteered, so to be called outside `steering`."""
-    n_canvas = 1 if lm.causal else CANVAS
-    batched = []
+def canvases(
+    lm: LanguageModel, instructions: Sequence[str], layer: int, batch_size: int = 32
+) -> list[tuple[list[int], StepState, Entry]]:
+    """(row numbers, state, entry at `layer`) of each batch of prompts with an empty response: to be called outside `steering`."""
+    entered = []
     for rows in batches(lm, instructions, batch_size):
+        n_canvas = 1 if lm.causal else CANVAS
         ids, attention_mask = encode(lm, [instructions[i] for i in rows], n_canvas)
-        first = ids.shape[1] - n_canvas
         masked = ids == lm.mask_id if lm.mask_id is not None else torch.zeros_like(ids, dtype=torch.bool)
-        state = StepState(regions(lm, ids, attention_mask, first), masked)
-        batched.append((rows, first, state, enter(lm, ids, layer, attention_mask)))
-    return batched
+        state = StepState(regions(lm, ids, attention_mask, ids.shape[1] - n_canvas), masked)
+        entered.append((rows, state, enter(lm, ids, layer, attention_mask)))
+    return entered
+
+
+_remembered_canvases = remembered(4)(canvases)
+
+
+@remembered(4)  # two sides in two languages
+def unsteered(lm: LanguageModel, instructions: tuple[str, ...]) -> Tensor:
+    """`first_slots` without interventions, remembered."""
+    return first_slots(lm, instructions)
 
 
 def refusal_tokens(lm: LanguageModel) -> list[int]:

@@ -41,7 +41,7 @@ class Direction:
     basis: Tensor
     scale: Tensor
     layer: int
-    position: int
+    position: int | None
     reference: Tensor
     fingerprint: str | None
     provenance: dict = field(default_factory=dict)
@@ -98,11 +98,14 @@ class Direction:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Class means at every template position and layer: [p, l, d] float64 each; one candidate direction per cell."""
+    """Class means at every template position and layer: [p, l, d] float64 each; one candidate direction per cell.
+
+    A position that is None stands for a mean over several: all tokens of a prompt, or the masked slots of a response.
+    """
 
     harmful_mean: Tensor
     harmless_mean: Tensor
-    positions: tuple[int, ...]
+    positions: tuple[int | None, ...]
     fingerprint: str
     provenance: dict
 
@@ -112,12 +115,12 @@ class Candidates:
         return self.harmful_mean - self.harmless_mean
 
     @property
-    def cells(self) -> list[tuple[int, int]]:
+    def cells(self) -> list[tuple[int, int | None]]:
         """(layer, position) of every cell whose two means differ: the others, such as the first token's, have no direction."""
         exists = self.difference.norm(dim=-1) > 1e-6 * self.harmless_mean.norm(dim=-1)
         return [(layer, position) for position, row in zip(self.positions, exists) for layer, there in enumerate(row) if there]
 
-    def direction(self, layer: int, position: int, vectors: Tensor | None = None) -> Direction:
+    def direction(self, layer: int, position: int | None, vectors: Tensor | None = None) -> Direction:
         """The unit mean difference of one cell; or the span of `vectors` [k, d] with this cell's scales and harmless means.
 
         Raises ValueError for a cell that is not in the grid, or one whose two means are equal (no direction).

@@ -17,11 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from .effects import BASELINE, Draws
 from .effects import Prompts as ByLanguage
-from .evaluation import divergence, first_slots, refusal_log_odds, remembered
+from .evaluation import divergence, first_slots, refusal_log_odds, unsteered
 from .identity import canonical, plain
 from .models import LanguageModel
 from .prompts import Language, Side
@@ -172,17 +171,12 @@ def _dealt(
 def _score(
     side: Side, instructions: tuple[str, ...], numbers: list[int], interventions: Sequence[Intervention], lm: LanguageModel
 ) -> dict:
-    unsteered = _unsteered(lm, instructions)[numbers]
-    steered = first_slots(lm, [instructions[i] for i in numbers], interventions) if interventions else unsteered
-    before, p = (refusal_log_odds(lm, scored).sigmoid() for scored in (unsteered, steered))
+    base = unsteered(lm, instructions)[numbers]
+    steered = first_slots(lm, [instructions[i] for i in numbers], interventions) if interventions else base
+    before, p = (refusal_log_odds(lm, scored).sigmoid() for scored in (base, steered))
     return dict(
         p=p.tolist(),
         likely=(p > 0.5).tolist(),
         answered=(torch.maximum(before, p) <= 0.5).tolist(),
-        divergence=divergence(unsteered, steered).tolist() if side == "harmless" else [None] * len(numbers),
+        divergence=divergence(base, steered).tolist() if side == "harmless" else [None] * len(numbers),
     )
-
-
-@remembered(4)  # two sides in two languages
-def _unsteered(lm: LanguageModel, instructions: tuple[str, ...]) -> Tensor:
-    return first_slots(lm, instructions)

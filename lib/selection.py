@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
-from .evaluation import divergence, first_slots, is_refusal, refusal_log_odds, remembered
+from .evaluation import divergence, first_slots, is_refusal, refusal_log_odds, unsteered
 from .extraction import Candidates, Direction, activations
 from .models import LanguageModel
 from .results import sweep
@@ -174,7 +173,7 @@ def removal_scores(lm: LanguageModel, intervention: Intervention, harmful: Seque
     The last two with _lo and _hi, 95 % bootstrap limits over prompts.
     """
     log_odds = refusal_log_odds(lm, first_slots(lm, harmful, [intervention]))
-    kl = divergence(_unsteered(lm, tuple(harmless)), first_slots(lm, harmless, [intervention]))
+    kl = divergence(unsteered(lm, tuple(harmless)), first_slots(lm, harmless, [intervention]))
     facts = dict(bypass=log_odds.mean().item(), n=len(harmful) + len(harmless))
     return facts | bootstrap(log_odds.sigmoid().tolist()).columns("bypass_p") | bootstrap(kl.tolist()).columns("divergence")
 
@@ -229,8 +228,3 @@ def _thinned(prompts: Sequence[str], n: int) -> tuple[str, ...]:
     """`n` of the prompts (all, if there are fewer) at even distances: every language of a pooled list stays in."""
     n = min(n, len(prompts))
     return tuple(prompts[i * len(prompts) // n] for i in range(n))
-
-
-@remembered(2)
-def _unsteered(lm: LanguageModel, harmless: tuple[str, ...]) -> Tensor:
-    return first_slots(lm, harmless)

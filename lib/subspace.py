@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .evaluation import CANVAS, SCORED_SLOTS, divergence, refusal_log_odds
+from .evaluation import canvases, divergence, refusal_log_odds, slot_log_probabilities
 from .extraction import Candidates, Direction, activations, orthonormal, principal_components
-from .hooking import Entry, enter, resume
 from .models import LanguageModel
-from .prompts import Contrast, Language, encode, position_names, regions
+from .prompts import Contrast, Language, position_names
 from .selection import operate, removal_scores
 from .statistics import auroc, one_dimensionality, random_directions
-from .steering import StepState, steering
+from .steering import steering
+
+SHUFFLES = 999  # so that a p-value can be small enough to survive a correction over a whole table of claims
 
 
 def dimensionality(
@@ -47,7 +48,7 @@ def dimensionality(
             both = torch.cat([side[:, p, layer] for side in x])
             if both.std(0).max() < 1e-6 * both.abs().max():
                 continue
-            facts = one_dimensionality(both, labels, seed=seed, resamples=resamples, shuffles=resamples)
+            facts = one_dimensionality(both, labels, seed=seed, resamples=resamples, shuffles=SHUFFLES)
             difference = x[0][:, p, layer].mean(0) - x[1][:, p, layer].mean(0)
             held = auroc(*((side[:, p, layer] @ difference).tolist() for side in y), seed=seed)
             quantities = {
@@ -125,8 +126,8 @@ def learnt_subspace(
     optimiser = torch.optim.Adam([vectors], lr=rate)
     first = operate(candidates.direction(layer, position, start), operation).first_layer
     with torch.no_grad():
-        sides = [_entered(lm, prompts, first) for prompts in (harmful, harmless)]
-        plain = _log_probabilities(lm, *sides[1])
+        sides = [canvases(lm, prompts, first, len(prompts))[0][1:] for prompts in (harmful, harmless)]  # one batch a side
+        plain = slot_log_probabilities(lm, sides[1][1])
     course = []
     for _ in range(steps):
         steer = operate(candidates.direction(layer, position, vectors), operation)
@@ -134,7 +135,7 @@ def learnt_subspace(
             scored = []
             for state, entry in sides:
                 at(state)
-                scored.append(_log_probabilities(lm, state, entry))
+                scored.append(slot_log_probabilities(lm, entry))
             refusal = F.softplus(refusal_log_odds(lm, scored[0])).mean()
             damage = divergence(plain, scored[1]).mean()
             optimiser.zero_grad()
@@ -143,21 +144,3 @@ def learnt_subspace(
         course.append([refusal.item(), damage.item()])
     refusals, damages = torch.tensor(course).T
     return dict(basis=orthonormal(vectors.detach()), refusal=refusals, divergence=damages)
-
-
-def _entered(lm: LanguageModel, instructions: Sequence[str], layer: int) -> tuple[StepState, Entry]:
-    """One batch of prompts with an empty response, run up to `layer`: what evaluation.first_slots does, open to gradients."""
-    n_slots = 1 if lm.causal else CANVAS
-    ids, attention_mask = encode(lm, instructions, n_slots)
-    masked = ids == lm.mask_id if lm.mask_id is not None else torch.zeros_like(ids, dtype=torch.bool)
-    state = StepState(regions(lm, ids, attention_mask, ids.shape[1] - n_slots), masked)
-    return state, enter(lm, ids, layer, attention_mask)
-
-
-def _log_probabilities(lm: LanguageModel, state: StepState, entry: Entry) -> Tensor:
-    """As evaluation.first_slots: [n, slots, vocab] at the first response slots."""
-    first, n_scored = entry.h.shape[1] - (1 if lm.causal else CANVAS), 1 if lm.causal else SCORED_SLOTS
-    logits = lm.head(resume(lm, entry)[:, first : first + n_scored]).float()
-    if lm.mask_id is not None:
-        logits[..., lm.mask_id] = -torch.inf
-    return logits.log_softmax(-1)
