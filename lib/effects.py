@@ -5,7 +5,7 @@ control, among which the prompts are dealt out. Every condition is measured on t
 under its own interventions, so that a baseline is made once for all notebooks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
@@ -71,17 +71,14 @@ def measure(
     The text of a response to a harmful request is not kept: an unrefused one has no place in a results table.
     """
     instructions, way = prompts[language][side], (asking or {}).get(language, PLAIN)
-    rows = {}
-    for draw, interventions in enumerate(draws):
-        mine = range(draw, len(instructions), len(draws))
-        asked = [instructions[i] for i in mine]
+
+    def columns(numbers: Sequence[int], interventions: Sequence[Intervention]) -> dict:
+        asked = [instructions[i] for i in numbers]
         put = [way.instruction(request) for request in asked]
         texts = respond(lm, put, interventions, seed, given=way.tokens(lm), **decoding)
         plain = first_slots(lm, asked)
         steered = first_slots(lm, put, interventions) if interventions or put != asked else plain
-        columns = dict(
-            prompt=mine,
-            draw=[draw] * len(asked),
+        return dict(
             refused=(judge or phrases())(asked, texts),
             log_odds=refusal_log_odds(lm, steered).tolist(),
             nats=nats_per_token(scorer, asked, texts),
@@ -90,8 +87,19 @@ def measure(
             empty=[not text for text in texts],
             text=texts if side == "harmless" else [None] * len(asked),
         )
-        rows |= zip(mine, (dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)))
-    return [rows[i] for i in sorted(rows)]
+
+    return dealt(draws, len(instructions), columns)
+
+
+def dealt(draws: Draws, n: int, columns: Callable[[Sequence[int], Sequence[Intervention]], Mapping]) -> list[dict]:
+    """One row for each of n prompts, in order, which are dealt out among the draws: prompt, draw, and what `columns` gives for the
+    prompts of these numbers under a draw's interventions."""
+    rows = []
+    for draw, interventions in enumerate(draws[:n]):
+        numbers = list(range(draw, n, len(draws)))
+        known = dict(prompt=numbers, draw=[draw] * len(numbers)) | dict(columns(numbers, interventions))
+        rows += [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
+    return sorted(rows, key=lambda row: row["prompt"])
 
 
 def summary(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:

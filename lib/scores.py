@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 import torch
 
-from .effects import BASELINE, Draws
+from .effects import BASELINE, Draws, dealt
 from .effects import Prompts as ByLanguage
 from .evaluation import divergence, first_slots, refusal_log_odds, unsteered
 from .identity import canonical, plain
@@ -65,7 +65,7 @@ def measured(
     for key, value in prompts.items():
         groups += [dict(language=key, side=side) for side in value] if isinstance(value, Mapping) else [dict(side=key)]
     cells = [dict(facts) | group for facts, _ in conditions for group in groups]
-    return sweep(name, _dealt, cells, measure=measure, draws=draws, prompts=prompts, inputs=inputs)
+    return sweep(name, _row_a_prompt, cells, measure=measure, draws=draws, prompts=prompts, inputs=inputs)
 
 
 def summary(rows: pd.DataFrame, by: Sequence[str], seed: int = 0) -> pd.DataFrame:
@@ -149,7 +149,7 @@ def _values(rows: pd.DataFrame, measure: str) -> pd.Series:
     return read[column].where(read.answered) if prompts == "answered" else read[column]
 
 
-def _dealt(
+def _row_a_prompt(
     measure: Callable,
     draws: Mapping[str, Draws],
     prompts: Prompts | ByLanguage,
@@ -159,13 +159,11 @@ def _dealt(
     **facts,
 ) -> list[dict]:
     instructions = tuple((prompts[language] if language else prompts)[side])
-    mine, rows = draws[canonical(facts)], []
-    for draw, interventions in enumerate(mine[: len(instructions)]):
-        numbers = list(range(draw, len(instructions), len(mine)))
-        columns = dict(prompt=numbers, draw=[draw] * len(numbers))
-        columns |= measure(side, instructions, numbers, interventions, **inputs)
-        rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return sorted(rows, key=lambda row: row["prompt"])
+    return dealt(
+        draws[canonical(facts)],
+        len(instructions),
+        lambda numbers, interventions: measure(side, instructions, numbers, interventions, **inputs),
+    )
 
 
 def _score(
